@@ -1,0 +1,430 @@
+"""
+The text: tokenizer, tasks, files and batches. Nothing here knows an algorithm, and nothing is downloaded.
+
+A task is prompts, a reward, demonstrations, a pre-training corpus and splits:
+
+    chain      7+5*3=      worked out from left to right, modulo 10; answered bare, `6`, or in steps, `7+5=2;2*3=6`
+    countdown  3,5,7>26=   reach the target with each number once: `3*7+5`; many right answers
+
+Problems are split by a hash of the problem itself, so that whatever draws them, pre-training, demonstrations or RL, and
+with whatever seed, no problem of the test split is ever seen. A third split, `ood`, holds a kind of problem that the
+pre-training corpus contains and post-training never sees.
+
+One example, worked through (byte tokenizer; <end> is 256, <pad> is 257):
+
+    example              {"prompt": "7+5=", "completion": "2"}          and  {"prompt": "1-2*3=", "completion": "7"}
+    prompt_ids           [[257, 257, 256, 55, 43, 53, 61],              every prompt starts with <end>, the mark between
+                          [256, 49, 45, 50, 42, 51, 61]]                documents, and is padded on the left
+    prompt_mask          [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+    completion_ids       [[50, 256], [55, 256]]                         every completion ends with <end>
+    completion_mask      [[1, 1], [1, 1]]                               what is trained: the answer and its <end>
+
+Prompt and completion are encoded apart, so the boundary between them is always a boundary between tokens.
+"""
+
+import json
+import math
+import random
+import re
+import zlib
+from fractions import Fraction
+
+import tiktoken
+import torch
+
+from model import InputError
+
+# -- tokenizer ------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """A tiktoken.Encoding with two special tokens: <end> before and after every document, <pad> for padding."""
+
+    def __init__(self, name="byte"):
+        """`byte`: one token a byte, built here, any UTF-8 text. `gpt2`: tiktoken's own, downloaded on first use.
+        Raises InputError when gpt2 cannot be downloaded or the name is neither."""
+        if name == "byte":
+            self.encoding = tiktoken.Encoding(
+                "byte", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)},
+                special_tokens={"<end>": 256, "<pad>": 257})
+            self.eos_id, self.pad_id, self.vocab_size = 256, 257, 258
+        elif name == "gpt2":
+            try:
+                self.encoding = tiktoken.get_encoding("gpt2")
+            except Exception as error:   # requests' own errors, none of which tiktoken documents
+                raise InputError("the gpt2 tokenizer is not on this machine and could not be downloaded "
+                                 f"({type(error).__name__}): go online once, or use --tokenizer byte") from None
+            self.eos_id = self.encoding.eot_token
+            self.pad_id, self.vocab_size = 50257, 50304   # padding beside the 50,257 tokens; a round number of rows
+        else:
+            raise InputError(f"--tokenizer {name} is unknown: use byte or gpt2")
+
+    def encode(self, text):
+        """Token ids of the text alone; "<end>" written in a text is six ordinary characters, never the token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Text of the ids up to the first <end>, special tokens left out; broken UTF-8 becomes U+FFFD."""
+        ids = list(ids)
+        ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab and i != self.pad_id], errors="replace")
+
+
+# -- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def is_test(problem):
+    """Whether a problem belongs to the test split: one in ten, by a hash of its text that no seed can change."""
+    return zlib.crc32(problem.encode()) % 10 == 0
+
+
+class Chain:
+    """Arithmetic from left to right, modulo 10: `7+5*3=` is (7+5)*3 = 2*3 = 6.
+
+    The right answer can be blurted out, `6`, or worked out, `7+5=2;2*3=6`; the reward looks at the last number alone.
+    A small transformer has no hope of doing four steps in its head, so that bare answers are right about one time in
+    five, and every one of the steps is easy. The corpus is a textbook, in which everything is worked out, followed by
+    everyday text, in which most answers are bare. Pre-training on the two in this order gives a base model that can
+    work things out and seldom does: what reinforcement learning is good at changing.
+
+    `ood` problems contain `>`, the larger of two digits: `7+5>3=`. The corpus has some, post-training none. What they
+    measure is whether a way of post-training carries the new habit over to them or overwrites what was known of them.
+    """
+    name, columns = "chain", ("answer",)
+    operators, ood_operator = "+-*", ">"
+
+    def __init__(self, min_terms=3, max_terms=5):
+        if not 2 <= min_terms <= max_terms:
+            raise InputError(f"min_terms {min_terms} and max_terms {max_terms}: 2 <= min_terms <= max_terms is needed")
+        self.min_terms, self.max_terms = min_terms, max_terms
+        self.max_new_tokens = 6 * (max_terms - 1) + 4      # the longest worked answer, its <end>, and a little room
+
+    def problem(self, rng, split):
+        """One random problem of the split as {"prompt", "answer", "steps"}."""
+        while True:
+            terms = [str(rng.randrange(10)) for _ in range(rng.randint(self.min_terms, self.max_terms))]
+            symbols = self.operators + (self.ood_operator if split.startswith("ood") else "")
+            prompt = terms[0] + "".join(rng.choice(symbols) + term for term in terms[1:]) + "="
+            if (self.ood_operator in prompt) == split.startswith("ood") and is_test(prompt) == (split in ("test", "ood")):
+                return {"prompt": prompt, **self.solve(prompt)}
+
+    @staticmethod
+    def solve(prompt):
+        """`7+5*3=` -> {"answer": "6", "steps": "7+5=2;2*3=6"}."""
+        total, steps = int(prompt[0]), []
+        for symbol, digit in zip(prompt[1:-1:2], map(int, prompt[2:-1:2])):
+            result = {"+": total + digit, "-": total - digit, "*": total * digit, ">": max(total, digit)}[symbol] % 10
+            steps.append(f"{total}{symbol}{digit}={result}")
+            total = result
+        return {"answer": str(total), "steps": ";".join(steps)}
+
+    def demonstration(self, rng):
+        problem = self.problem(rng, "train")
+        return {"prompt": problem["prompt"], "completion": problem["steps"], "answer": problem["answer"]}
+
+    def corpus(self, size, seed):
+        """`size` documents to be read in this order: first half textbook, second half everyday text (30 % worked)."""
+        rng = random.Random(f"chain corpus {seed}")
+        documents = []
+        for i in range(size):
+            problem = self.problem(rng, "ood-train" if rng.random() < 0.15 else "train")
+            worked = i < size // 2 or rng.random() < 0.3
+            documents.append(problem["prompt"] + (problem["steps"] if worked else problem["answer"]))
+        return documents
+
+    @staticmethod
+    def reward(prompts, completions, answer, **columns):
+        """1.0 where the completion's last `;` and `=` are followed by the answer and nothing else. -> list of floats"""
+        return [float(re.split("[;=]", c)[-1] == a) for c, a in zip(completions, answer)]
+
+    @staticmethod
+    def is_worked(prompt, completion):
+        return "=" in completion
+
+    def chance(self, k):
+        """pass@k of guessing one of the ten digits: .10, .34, .81 for k = 1, 4, 16."""
+        return 1 - 0.9 ** k
+
+
+class Countdown:
+    """Reach a target with three digits, each used exactly once: `3,5,7>26=` is answered by `3*7+5` or `5+7*3`.
+
+    Many answers are right, and any is rewarded. A completion is parsed by `value` below; nothing is ever handed to eval.
+    `ood` problems have targets above 40, which the corpus contains and post-training never sees.
+    """
+    name, columns = "countdown", ("numbers", "target")
+    max_new_tokens = 12
+    is_worked = None                                       # there are no steps to show
+
+    def problem(self, rng, split):
+        """One random problem of the split as {"prompt", "numbers", "target", "solution"}."""
+        while True:
+            numbers = sorted(rng.randint(1, 9) for _ in range(3))
+            solution = self.random_expression(rng, numbers)
+            target = value(solution)
+            if target is None or target.denominator != 1 or not 1 <= target <= 99:
+                continue
+            prompt = ",".join(map(str, numbers)) + f">{target}="
+            if (target > 40) == split.startswith("ood") and is_test(prompt) == (split in ("test", "ood")):
+                return {"prompt": prompt, "numbers": numbers, "target": int(target), "solution": solution}
+
+    @staticmethod
+    def random_expression(rng, numbers):
+        a, b, c = rng.sample(numbers, 3)
+        return f"{a}{rng.choice('+-*/')}{b}{rng.choice('+-*/')}{c}"
+
+    def demonstration(self, rng):
+        problem = self.problem(rng, "train")
+        return {**problem, "completion": problem["solution"]}
+
+    def corpus(self, size, seed):
+        rng = random.Random(f"countdown corpus {seed}")
+        problems = (self.problem(rng, "ood-train" if rng.random() < 0.25 else "train") for _ in range(size))
+        return [p["prompt"] + p["solution"] for p in problems]
+
+    @staticmethod
+    def reward(prompts, completions, numbers, target, **columns):
+        """1.0 where the completion uses exactly the given numbers and its value is the target. -> list of floats"""
+        return [float(sorted(map(int, re.findall(r"\d+", c))) == sorted(n) and value(c) == t)
+                for c, n, t in zip(completions, numbers, target)]
+
+    def chance(self, k):
+        """pass@k of writing down random expressions of the right numbers, measured on 300 held-out problems."""
+        rng, total = random.Random("countdown chance"), 0.0
+        for _ in range(300):
+            p = self.problem(rng, "test")
+            hit = sum(value(self.random_expression(rng, p["numbers"])) == p["target"] for _ in range(50)) / 50
+            total += 1 - (1 - hit) ** k
+        return total / 300
+
+
+def value(expression):
+    """The exact value of an arithmetic expression as a Fraction, or None where it is malformed or divides by zero.
+
+    A recursive-descent parser: sum = product {(+|-) product}, product = atom {(*|/) atom}, atom = number | ( sum ).
+    `3*7+5` -> 26, `7/2` -> 7/2, `3*(7` -> None, `1/0` -> None.
+    """
+    if len(expression) > 100 or not re.fullmatch(r"[\d+\-*/()]+", expression, re.ASCII):
+        return None                                        # the length also bounds the depth of the recursion
+    tokens = re.findall(r"\d+|[+\-*/()]", expression) + ["end"]
+
+    def total():
+        result = product()
+        while tokens[0] in "+-":
+            result = result + product() if tokens.pop(0) == "+" else result - product()
+        return result
+
+    def product():
+        result = atom()
+        while tokens[0] in "*/":
+            result = result * atom() if tokens.pop(0) == "*" else result / atom()
+        return result
+
+    def atom():
+        token = tokens.pop(0)
+        if token == "(":
+            result = total()
+            if tokens.pop(0) != ")":
+                raise SyntaxError
+            return result
+        if not token.isdigit():
+            raise SyntaxError
+        return Fraction(int(token))
+
+    try:
+        result = total()
+        return result if tokens == ["end"] else None
+    except (SyntaxError, IndexError, ZeroDivisionError):
+        return None
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def last_number(text):
+    """The last number written in a text, or None: `so 1,234.50 in all.` -> Fraction(2469, 2), `#### 42` -> 42."""
+    found = NUMBER.findall(text)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+class JsonLines:
+    """A file of one JSON object a line, with the field's columns: `text`; or `prompt` and, as the algorithm asks,
+    `completion`, `chosen` and `rejected`, `label`, `answer`; further columns reach the reward function by name.
+
+    Where `eval_path` is not given, one line in ten is held out by the hash of its prompt.
+    """
+    is_worked = None
+
+    def __init__(self, path, eval_path=None, max_new_tokens=32):
+        self.name = self.name_of(path)
+        self.path, self.max_new_tokens = path, max_new_tokens
+        rows = read_jsonl(path)
+        held_out = [is_test(row.get("prompt", row.get("text", ""))) for row in rows]
+        self.train = rows if eval_path else [row for row, test in zip(rows, held_out) if not test]
+        self.test = read_jsonl(eval_path) if eval_path else [row for row, test in zip(rows, held_out) if test]
+        if not self.train:
+            raise InputError(f"{path}: no line is left to train on once one in ten is held out; give --eval_data as well")
+        common = set.intersection(*(set(row) for row in rows + self.test))
+        self.columns = tuple(sorted(common - {"prompt", "completion", "text", "line", "file"}))
+
+    @staticmethod
+    def name_of(path):
+        """The name of a file's runs: `my/gsm8k train.jsonl` -> `gsm8k-train`."""
+        return re.sub(r"\W+", "-", re.split(r"[/\\]", str(path))[-1].removesuffix(".jsonl")) or "data"
+
+    def require(self, *columns, room=None, tokenizer=None, block_size=None):
+        """Raise InputError, naming file, line and reason, for the first line that lacks one of the columns or whose
+        tokens, with `room` more to be sampled and the two <end>s around them, exceed block_size."""
+        for row in self.train + self.test:
+            where = f"{row['file']}, line {row['line']}"
+            missing = [c for c in columns if c not in row]
+            if missing:
+                raise InputError(f"{where}: no column {missing[0]!r}, which this algorithm needs "
+                                 f"(the line has {', '.join(sorted(set(row) - {'line', 'file'})) or 'none'})")
+            if any(not isinstance(row[c], str) for c in columns if c != "label"):
+                raise InputError(f"{where}: column {next(c for c in columns if not isinstance(row[c], str))!r} is not text")
+            if tokenizer is not None:
+                texts = [row[c] for c in columns if c in ("text", "prompt", "completion")]
+                used = sum(len(tokenizer.encode(text)) for text in texts) + (room if room is not None else 1) + 1
+                if used > block_size:
+                    raise InputError(f"{where}: {used} tokens do not fit --block_size {block_size}"
+                                     + (f" ({room} of them for --max_new_tokens)" if room is not None else ""))
+
+    @staticmethod
+    def reward(prompts, completions, answer, **columns):
+        """1.0 where the completion's last number equals the answer's last number, as in GSM8K. -> list of floats"""
+        return [float(last_number(c) is not None and last_number(c) == last_number(str(a)))
+                for c, a in zip(completions, answer)]
+
+    def chance(self, k):
+        return None                                        # nobody knows what guessing earns on somebody's file
+
+
+def read_jsonl(path):
+    """The objects of a .jsonl file, each with its `file` and `line`. Raises InputError naming file, line and reason."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
+        rows.append({**row, "file": str(path), "line": number})
+    if not rows:
+        raise InputError(f"{path}: the file is empty; it needs one JSON object a line")
+    return rows
+
+
+# -- examples: what an algorithm trains on, a list of dicts -----------------------------------------------------------
+
+
+def documents(task, size, seed):
+    """Pre-training examples: whole texts. The prompt is empty, so every token of the text is trained."""
+    texts = [row.get("text") or row["prompt"] + row["completion"] for row in task.train] if isinstance(task, JsonLines) \
+        else task.corpus(size, seed)
+    return [{"prompt": "", "completion": text} for text in texts]
+
+
+def demonstrations(task, size, seed):
+    """SFT examples: prompts, each with a good completion. A file's own lines, or `size` of the task's, fixed by the seed."""
+    if isinstance(task, JsonLines):
+        return [row if "completion" in row else {"prompt": "", "completion": row["text"]} for row in task.train]
+    rng = random.Random(f"{task.name} demonstrations {seed}")
+    return [task.demonstration(rng) for _ in range(size)]
+
+
+def problems(task, split, size, seed):
+    """RL and evaluation examples: prompts with the columns that the reward function takes. `test` and `ood` are the
+    same whatever the seed, so that every run is judged by the same problems."""
+    if isinstance(task, JsonLines):
+        rows = {"train": task.train, "test": task.test, "ood": []}[split]
+        return rows if split == "train" else rows[:size]
+    rng = random.Random(f"{task.name} {split} {seed if split == 'train' else ''}")
+    return [task.problem(rng, split) for _ in range(size)]
+
+
+def batch_indices(size, batch_size, step, seed, shuffle=True):
+    """Which examples step number `step` (from 0) takes: every example once an epoch, in an order drawn anew each epoch.
+
+    A pure function of its arguments: a run that resumes at a step needs no other record of its position in the data.
+    """
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(position, size)
+        if not indices or i == 0:
+            order = list(range(size))
+            if shuffle:
+                random.Random(f"order {seed} {epoch}").shuffle(order)
+        indices.append(order[i])
+    return indices
+
+
+# -- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def brevity(prompts, completions, max_new_tokens, **columns):
+    """Minus the share of the allowed length that was used, in characters: 0 for nothing, -1 for all of it."""
+    return [-len(c) / max_new_tokens for c in completions]
+
+
+def reward_functions(task, names):
+    """{name: function} for a comma-separated list: `verifier` (the task's own), `format` (shows its steps), `brevity`."""
+    known = {"verifier": task.reward, "brevity": lambda p, c, **columns: brevity(p, c, task.max_new_tokens)}
+    if task.is_worked:
+        known["format"] = lambda p, c, **columns: [float(task.is_worked(a, b)) for a, b in zip(p, c)]
+    for name in names.split(","):
+        if name not in known:
+            raise InputError(f"--reward {name} is unknown for {task.name}: use one or more of {', '.join(known)}")
+    return {name: known[name] for name in names.split(",")}
+
+
+# -- batches: dicts of tensors ----------------------------------------------------------------------------------------
+
+
+def collate(examples, tokenizer, device="cpu"):
+    """Examples -> {prompt_ids, prompt_mask (P, Tp)} and, where they have completions, {completion_ids, completion_mask
+    (B, T), prompt_index (B,)} with B = P. The docstring of this file works one through."""
+    prompts = [[tokenizer.eos_id] + tokenizer.encode(e["prompt"]) for e in examples]
+    width = max(map(len, prompts))
+    batch = {"prompt_ids": [[tokenizer.pad_id] * (width - len(p)) + p for p in prompts],
+             "prompt_mask": [[False] * (width - len(p)) + [True] * len(p) for p in prompts]}
+    if "completion" in examples[0]:
+        completions = [tokenizer.encode(e["completion"]) + [tokenizer.eos_id] for e in examples]
+        width = max(map(len, completions))
+        batch["completion_ids"] = [c + [tokenizer.pad_id] * (width - len(c)) for c in completions]
+        batch["completion_mask"] = [[True] * len(c) + [False] * (width - len(c)) for c in completions]
+        batch["prompt_index"] = list(range(len(examples)))
+    return {name: torch.tensor(rows, device=device) for name, rows in batch.items()}
+
+
+def take_rows(batch, rows):
+    """The given rows (indices of completions) of a batch, with just the prompts that they answer, and no column that
+    would be padding throughout. prompt_ids and prompt_mask have a row a prompt; every other tensor a row a completion."""
+    used, prompt_index = batch["prompt_index"][rows].unique(return_inverse=True)
+    taken = {name: tensor[used if name.startswith("prompt_") else rows] for name, tensor in batch.items()
+             if name != "prompt_index"}
+    first = int(taken["prompt_mask"].int().argmax(-1).min())                  # leftmost real column of the prompts
+    longest = max(int(taken["completion_mask"].sum(-1).max()), 1)
+    width = batch["completion_mask"].shape[1]
+    for name, tensor in taken.items():
+        if name.startswith("prompt_"):
+            taken[name] = tensor[:, first:]
+        elif tensor.dim() == 2 and tensor.shape[1] == width:
+            taken[name] = tensor[:, :longest]
+    return {**taken, "prompt_index": prompt_index}
+
+
+def split(batch, size):
+    """The batch in micro-batches of at most `size` rows; 0: the batch as it is."""
+    rows = torch.arange(len(batch["prompt_index"]), device=batch["prompt_index"].device)
+    return [take_rows(batch, part) for part in rows.split(size)] if 0 < size < len(rows) else [batch]

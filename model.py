@@ -1,0 +1,347 @@
+"""
+The policy: a small decoder-only transformer, from scratch, in one file.
+
+The block is the one that the Llama, Qwen2 and Qwen3 families share: pre-norm RMSNorm (Zhang & Sennrich 2019,
+1910.07467), rotary positions (Su et al. 2021, 2104.09864), SwiGLU (Shazeer 2020, 2002.05202), grouped-query attention
+(Ainslie et al. 2023, 2305.13245), an optional bias on q, k, v (Qwen2) and an optional norm on q and k (Qwen3). The
+parameters carry those families' names, so that their weights fit by renaming tensors alone. The file reads in the
+spirit of nanoGPT (github.com/karpathy/nanoGPT): config, attention, MLP, block, model, top to bottom.
+
+Every algorithm asks the model for just two things:
+    generate(prompts)                        sample completions, each with its log-probabilities
+    completion_logits(prompts, completions)  the logits that predict each completion token, with gradients
+Both read a prompt once, however many completions belong to it.
+
+Shapes: P prompts, B completions, T tokens, C = n_embd, V = vocab_size, nh heads, nkv key/value heads, hd head size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """Something that the person at the keyboard can put right. train.py prints it as one line and exits with code 2."""
+
+
+@dataclass
+class GPTConfig:
+    """The shape of the model; two models of one config can load each other's weights."""
+    vocab_size: int = 258
+    block_size: Annotated[int, "longest sequence, prompt and completion together, in tokens"] = 128
+    n_layer: Annotated[int, "transformer blocks (2 to 24)"] = 2
+    n_head: Annotated[int, "attention heads (2 to 16)"] = 4
+    n_kv_head: Annotated[int, "heads of keys and values; 0: n_head, fewer: grouped-query attention"] = 0
+    n_embd: Annotated[int, "width of the residual stream (64 to 1024)"] = 64
+    head_dim: Annotated[int, "size of a head; 0: n_embd / n_head"] = 0
+    n_hidden: Annotated[int, "width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32"] = 0
+    rope_theta: Annotated[float, "base of the rotary wavelengths; 10000 suits contexts of thousands"] = 100.0
+    norm_eps: Annotated[float, "added to the mean square in RMSNorm"] = 1e-6
+    qkv_bias: Annotated[bool, "bias on q, k and v, as in Qwen2"] = False
+    qk_norm: Annotated[bool, "RMSNorm on q and k, as in Qwen3"] = True
+    tie_embeddings: Annotated[bool, "input embedding and output head are one matrix"] = True
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise InputError(f"the head size (n_embd / n_head = {self.head_dim}) must be even: rotary positions turn pairs")
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        self.n_hidden = self.n_hidden or 32 * math.ceil(8 * self.n_embd / 3 / 32)
+
+
+class Samples(NamedTuple):
+    """What `generate` returns; row b belongs to prompt b // num_generations."""
+    completion_ids: torch.Tensor     # (B, T) sampled tokens, EOS included, then padding
+    completion_mask: torch.Tensor    # (B, T) True on sampled tokens, EOS included; False on padding
+    truncated: torch.Tensor          # (B,)   True where max_new_tokens ran out before EOS
+    logprobs: torch.Tensor           # (B, T) float32 log-probability under the distribution it was drawn from; 0 on padding
+
+
+def rotate(x, cos, sin):
+    """Rotary positions in the rotate-half convention of Llama: dimension i is paired with i + hd/2.
+
+    x (N, heads, hd); cos and sin (N, 1, hd/2). A query and a key turned so have a dot product that depends on the
+    distance between them alone, which is why padding may sit on either side.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class Padding(NamedTuple):
+    """Where the N real tokens sit in the (B, T) grid. All layers but attention treat each token by itself and so work on
+    the (N, C) list of real tokens, which makes padding free; attention needs the grid."""
+    B: int
+    T: int
+    real: Optional[torch.Tensor]     # (N,) indices into the flattened grid; None: every cell is real, N = B * T
+
+    def take(self, grid):            # (B, T, ...) -> (N, ...)
+        flat = grid.reshape(self.B * self.T, *grid.shape[2:])
+        return flat if self.real is None else flat[self.real]
+
+    def spread(self, tokens):        # (N, ...) -> (B, T, ...), zeros on padding
+        if self.real is not None:
+            tokens = tokens.new_zeros(self.B * self.T, *tokens.shape[1:]).index_copy(0, self.real, tokens)
+        return tokens.view(self.B, self.T, *tokens.shape[1:])
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, hd = config, config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * hd, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * hd, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * hd, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * hd, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(hd, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(hd, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, padding, cos, sin, mask, past=None, filled=None):
+        """x (N, C) -> output (N, C) and the keys and values (B, nkv, S, hd) of everything read so far.
+
+        mask (B or 1, 1, T, S) is True where a query may look. `past` holds earlier keys and values in one of two ways:
+        for training (filled None) it is extended by a concatenation, through which gradients reach the prompt; for
+        sampling it is a buffer as long as the whole sequence, of which `filled` columns are in use, written in place.
+        """
+        N, T, hd = len(x), padding.T, self.config.head_dim
+        q = rotate(self.q_norm(self.q_proj(x).view(N, -1, hd)), cos, sin)       # (N, nh, hd)
+        k = rotate(self.k_norm(self.k_proj(x).view(N, -1, hd)), cos, sin)       # (N, nkv, hd)
+        v = self.v_proj(x).view(N, -1, hd)                                      # (N, nkv, hd)
+        q, k, v = (padding.spread(t).transpose(1, 2) for t in (q, k.to(v.dtype), v))  # (B, heads, T, hd)
+        if past is not None and filled is None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        elif past is not None:
+            past[0][:, :, filled:filled + T], past[1][:, :, filled:filled + T] = k, v
+            k, v = past[0][:, :, :filled + T], past[1][:, :, :filled + T]
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask,
+                                           enable_gqa=self.config.n_kv_head != self.config.n_head)  # (B, nh, T, hd)
+        return self.o_proj(padding.take(y.transpose(1, 2)).reshape(N, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU: a linear layer whose every unit is gated by another, passed through SiLU."""
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = CausalSelfAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, padding, cos, sin, mask, past=None, filled=None):
+        y, kv = self.self_attn(self.input_layernorm(x), padding, cos, sin, mask, past, filled)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.skip_padding = True     # False keeps shapes fixed, which torch.compile and a busy GPU prefer
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (hd/2,)
+        angles = torch.outer(torch.arange(config.block_size).float(), frequencies)                # (block_size, hd/2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        # Every matrix starts with standard deviation 1 / sqrt(width), so that activations keep their scale at any width.
+        # GPT-2's fixed .02 is about that at width 2,000; at width 64 it is six times too small and hardly trains.
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=config.n_embd ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past=None, filled=None):
+        """The residual stream after the last norm, (B, T, C), and each layer's (keys, values).
+
+        input_ids (B, T). attention_mask (B, S) is True on real tokens, over the S columns of past and input together;
+        None: all are real. position_ids (B, T) counts real tokens from 0; None: derived from the mask, which is right
+        for padding on either side. past, filled: see CausalSelfAttention.forward.
+        """
+        B, T = input_ids.shape
+        S = T + (0 if past is None else past[0][0].shape[2] if filled is None else filled)
+        if attention_mask is None:
+            attention_mask = torch.ones(1, S, dtype=torch.bool, device=input_ids.device)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S - T:]      # (B or 1, T)
+        # A query sees the real tokens up to itself. It always sees itself, even on padding: a row of the softmax with
+        # nothing to look at would be 0/0, and the nan would spread through the gradient.
+        causal = torch.ones(T, S, dtype=torch.bool, device=input_ids.device).tril(S - T)
+        itself = torch.eye(S, dtype=torch.bool, device=input_ids.device)[S - T:]
+        mask = causal & attention_mask.bool()[:, None, None, :] | itself                # (B or 1, 1, T, S)
+        real = None
+        if self.skip_padding and T > 1 and not attention_mask[:, S - T:].all():
+            real = attention_mask[:, S - T:].flatten().nonzero().squeeze(-1)            # (N,)
+        padding = Padding(B, T, real)
+        position_ids = padding.take(position_ids.expand(B, T))                          # (N,)
+        cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]     # (N, 1, hd/2)
+        x = self.embed_tokens(padding.take(input_ids))                                  # (N, C)
+        kvs = []
+        for i, layer in enumerate(self.layers):
+            x, kv = layer(x, padding, cos, sin, mask, None if past is None else past[i], filled)
+            kvs.append(kv)
+        return padding.spread(self.norm(x)), kvs                                        # (B, T, C)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, positions=slice(None)):
+        """Logits (B, T', V) in float32; `positions` picks the T' columns that are wanted, and only those pay for the head."""
+        x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
+        return self.lm_head(x[:, positions]).float()
+
+    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_index=None):
+        """Logits (B, T, V), float32: [b, t] is the distribution from which token t of completion b was to be drawn.
+
+        prompt_ids, prompt_mask (P, Tp), padded on the left; completion_ids, completion_mask (B, T), padded on the right.
+        prompt_index (B,) names the prompt that each completion answers; None: completion b answers prompt b. What the
+        result holds where completion_mask is False means nothing.
+
+        The shift by one lives here and nowhere else. Token 0 is predicted at the prompt's last column, token t at the
+        completion's column t - 1; the last completion token predicts nothing and is not read:
+            columns read      <end> 7 + 5 =  |  1  2
+            completion                          1  2  <end>       row t of the result predicts token t
+            predicted from                 '='  1  2
+        """
+        Tp, T = prompt_ids.shape[1], completion_ids.shape[1]
+        if Tp + T > self.config.block_size:
+            raise InputError(f"a prompt of {Tp} tokens and a completion of {T} do not fit block_size {self.config.block_size}")
+        if prompt_index is None:   # one completion a prompt: read the two side by side
+            input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
+            attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
+            return self(input_ids, attention_mask, positions=slice(Tp - 1, None))
+        # Several completions a prompt: read each prompt once and let its completions look back at its keys and values.
+        prompt_hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
+        hidden = prompt_hidden[prompt_index, -1:]                                       # (B, 1, C)
+        if T > 1:
+            past = [(k[prompt_index], v[prompt_index]) for k, v in prompt_kvs]          # (B, nkv, Tp, hd) each
+            attention_mask = torch.cat([prompt_mask[prompt_index], completion_mask[:, :-1]], dim=1)
+            completion_hidden, _ = self.hidden_states(completion_ids[:, :-1], attention_mask, past=past)
+            hidden = torch.cat([hidden, completion_hidden], dim=1)                      # (B, T, C)
+        return self.lm_head(hidden).float()
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, num_generations=1, temperature=1.0,
+                 top_k=0, top_p=1.0, generator=None):
+        """Sample num_generations completions of every prompt; returns Samples with B = P * num_generations rows.
+
+        prompt_ids, prompt_mask (P, Tp), padded on the left. temperature 0 takes the likeliest token; top_k 0 and top_p 1
+        leave the distribution whole. A completion ends with eos_id, which it keeps, or after max_new_tokens (truncated).
+        Raises InputError when prompt and completion together may exceed block_size.
+        """
+        P, Tp = prompt_ids.shape
+        B, device = P * num_generations, prompt_ids.device
+        if Tp + max_new_tokens > self.config.block_size:
+            raise InputError(f"a prompt of {Tp} tokens and max_new_tokens {max_new_tokens} do not fit "
+                             f"block_size {self.config.block_size}: shorten the prompt or raise --block_size")
+        completion_ids = torch.full((B, max_new_tokens), pad_id, device=device)
+        logprobs = torch.zeros(B, max_new_tokens, device=device)
+        length = torch.full((B,), max_new_tokens, device=device)
+        truncated = torch.ones(B, dtype=torch.bool, device=device)
+
+        # Read every prompt once, then lay its keys and values out for each of its samples, with room for what follows.
+        hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
+        kv = torch.stack([torch.stack(pair) for pair in prompt_kvs]).repeat_interleave(num_generations, dim=2)
+        cache = kv.new_empty(*kv.shape[:4], Tp + max_new_tokens, kv.shape[5])   # (L, 2, B, nkv, Tp + max_new, hd)
+        cache[:, :, :, :, :Tp] = kv
+        attention_mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(num_generations, 0)
+        next_position = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_generations, 0)  # (B, 1)
+        logits = self.lm_head(hidden[:, -1]).float().repeat_interleave(num_generations, 0)       # (B, V)
+
+        rows = torch.arange(B, device=device)          # which completion each running row writes
+        running = torch.ones_like(rows, dtype=torch.bool)
+        for t in range(max_new_tokens):
+            token, logprob = sample(logits, temperature, top_k, top_p, generator)                # (b,), (b,)
+            completion_ids[rows[running], t] = token[running]
+            logprobs[rows[running], t] = logprob[running]
+            ended = running & (token == eos_id)
+            length[rows[ended]], truncated[rows[ended]] = t + 1, False
+            running = running & ~ended
+            still = int(running.sum())
+            if still == 0 or t + 1 == max_new_tokens:
+                break
+            if still <= 0.8 * len(rows):   # rows that have finished leave; not one by one, because moving the rest is work
+                rows, token, next_position = rows[running], token[running], next_position[running]
+                attention_mask, cache = attention_mask[running], cache[:, :, running]
+                running = running[running]
+            hidden, _ = self.hidden_states(token[:, None], attention_mask[:, :Tp + t + 1], next_position, cache, Tp + t)
+            logits = self.lm_head(hidden[:, -1]).float()
+            next_position = next_position + 1
+        T = int(length.max())
+        completion_mask = torch.arange(T, device=device) < length[:, None]
+        return Samples(completion_ids[:, :T], completion_mask, truncated, logprobs[:, :T])
+
+    # -- accounting -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())   # a tied matrix counts once
+
+    def flops_per_token(self, T):
+        """Floating-point operations to train on one token of a sequence of T: 6 N + 12 n_layer nh hd T, forward and
+        backward (PaLM, 2204.02311, appendix B). The embedding look-up is free, so an untied one is left out of N."""
+        N = self.num_parameters() - (0 if self.config.tie_embeddings else self.embed_tokens.weight.numel())
+        return 6 * N + 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * T
+
+    def configure_optimizer(self, learning_rate, weight_decay, betas=(0.9, 0.95), eps=1e-8):
+        """AdamW that decays matrices and leaves norms and biases alone."""
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        rest = [p for p in self.parameters() if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One draw from each row of logits (B, V): tokens (B,) and their log-probabilities (B,) under what was drawn from.
+
+    Worked example: logits log [.5, .3, .2], top_k 2 leaves [.625, .375, 0]; token 1 comes with log .375, not log .3.
+    """
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(token, dtype=torch.float32)   # a certain choice has probability 1
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    if 0 < top_k < logits.shape[-1]:
+        kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
+        logprobs = torch.log_softmax(logprobs.masked_fill(logprobs < kth, -math.inf), dim=-1)
+    if top_p < 1:
+        ordered, order = logprobs.sort(dim=-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()             # mass of the likelier tokens
+        drop = (before >= top_p).scatter(-1, order, before >= top_p)  # the smallest set whose mass reaches top_p stays
+        drop.scatter_(-1, order[:, :1], False)
+        logprobs = torch.log_softmax(logprobs.masked_fill(drop, -math.inf), dim=-1)
+    # Inverse transform: the first token whose cumulative probability exceeds a uniform draw. It is the distribution of
+    # torch.multinomial at a twentieth of the cost on a CPU, where that call would take longer than the model.
+    cumulative = logprobs.exp().cumsum(-1)                            # (B, V)
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * (1 - 2 ** -23)  # never rounds up to 1
+    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)                  # (B, 1)
+    return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)

@@ -1,0 +1,169 @@
+"""
+What a run shows to people: the console line, the before/after table, problems answered before and after, the picture.
+
+The loop hands over plain numbers and this file never computes with tensors' gradients; train.py stays the loop.
+"""
+
+import json
+import math
+import os
+
+# Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if the run has the metric.
+COLUMNS = [
+    ("step", "step", "{:d}"), ("reward", "reward", "{:.3f}"), ("loss", "loss", "{:+.3f}"), ("nll", "nll", "{:.3f}"),
+    ("eval/accuracy", "heldout", "{:.3f}"), ("eval/loss", "heldout nll", "{:.3f}"), ("eval/worked", "worked", "{:.2f}"),
+    ("completions/mean_length", "length", "{:.1f}"), ("eval/kl", "KL", "{:.2f}"), ("entropy", "entropy", "{:.3f}"),
+    ("grad_norm", "grad", "{:.2f}"), ("max_ratio", "ratio", "{:.2f}"), ("clip_ratio", "clipped", "{:.3f}"),
+    ("frac_reward_zero_std", "flat", "{:.2f}"), ("tokens_per_second/sample", "sample/s", "{:,.0f}"),
+    ("tokens_per_second/train", "train/s", "{:,.0f}"), ("left", "left", "{}"),
+]
+LEGEND = """\
+heldout: accuracy on held-out problems (sampled)   worked: share of answers with worked steps   length: tokens per answer
+KL: from the starting model, per answer   entropy: of the next token, over the rows trained on   ratio: largest pi/pi_old
+flat: share of groups whose rewards are all equal, which teach nothing   sample/s, train/s: tokens per second"""
+
+
+def duration(seconds):
+    """75 -> `1:15`"""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Console:
+    """One aligned line per logging interval, under a heading that is printed once."""
+    columns = None
+
+    def print(self, line, seconds_left):
+        line = {**line, "left": duration(seconds_left)}
+        if self.columns is None:
+            self.columns = [c for c in COLUMNS if c[0] in line]
+            print("  ".join(f"{title:>{max(len(title), 6)}}" for _, title, _ in self.columns))
+        cells = [(form.format(line[name]) if name in line else "", title) for name, title, form in self.columns]
+        print("  ".join(f"{cell:>{max(len(title), 6)}}" for cell, title in cells), flush=True)
+
+
+def opening(args, model, task):
+    """What is about to happen, in a few lines, with the answers to the questions that the numbers will raise."""
+    lines = [f"\n{args.algo} on {task.name}: {model.num_parameters():,} parameters, {args.device}, {args.dtype}, "
+             f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}"]
+    if args.algo == "grpo":
+        lines.append(LEGEND)
+        lines.append("The loss of GRPO is about 0 by construction (advantages of a group add up to 0); its gradient is not.")
+        if args.num_iterations * args.num_minibatches == 1:
+            lines.append("The ratio is exactly 1 because each batch is used for one update (--num_iterations 2 makes it move).")
+    return "\n".join(lines)
+
+
+def base_line(summary, out_dir):
+    a = summary["after"]
+    if "eval/accuracy" not in a:
+        return f"Base model: {out_dir}, made in {duration(summary['seconds'])}"
+    worked = f"; worked steps in {a['eval/worked']:.0%} of its answers, right {a['eval/accuracy_when_worked']:.0%} of the time" \
+        if "eval/worked" in a else ""
+    return f"Base model: {out_dir}, made in {duration(summary['seconds'])}: held-out accuracy {a['eval/accuracy']:.3f}{worked}"
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(rewards, k):
+    """Chance that at least one of k answers is right, estimated without bias from the n >= k answers at hand:
+    1 - C(n - c, k) / C(n, k) with c right ones (Chen et al. 2021, 2107.03374, eq. 1). rewards (problems, n) of 0 and 1.
+
+    Worked example: n = 2, one right: pass@1 = .5, pass@2 = 1.
+    """
+    n = rewards.shape[1]
+    right = [int(c) for c in (rewards > 0.5).sum(1)]
+    return sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) / len(right)
+
+
+ROWS = [("accuracy, sampled", "eval/accuracy", 1), ("accuracy, greedy", "eval/greedy_accuracy", None),
+        ("pass@4", "eval/pass@4", 4), ("pass@16", "eval/pass@16", 16), ("out of distribution", "eval/ood_accuracy", 1),
+        ("worked steps", "eval/worked", None), ("right when worked", "eval/accuracy_when_worked", None),
+        ("completion length", "eval/mean_length", None), ("held-out nll", "eval/loss", None), ("KL to the start", "eval/kl", None)]
+
+
+def table(columns, task):
+    """A table with a row a measure: columns is [(heading, {"eval/...": value})]; chance stands beside pass@k."""
+    lines = [f"{'held-out problems':<22}" + "".join(f"{title:>9}" for title, _ in columns) + f"{'chance':>9}"]
+    for title, name, k in ROWS:
+        if any(name in values for _, values in columns):
+            chance = task.chance(k) if k else None
+            cells = [f"{values[name]:.3f}" if name in values else "-" for _, values in columns]
+            lines.append(f"{title:<22}" + "".join(f"{c:>9}" for c in cells) + f"{'' if chance is None else f'{chance:.3f}':>9}")
+    return "\n".join(lines)
+
+
+def eval_table(values, task):
+    return table([("now", values)], task)
+
+
+def finish(args, summary, task=None, problems=(), pairs=None):
+    """The end of a run: table, three problems answered before and after, files, what to try next."""
+    if task is not None and summary["after"]:
+        print("\n" + table([("before", summary["before"]), ("after", summary["after"])], task))
+        width = max([len("before")] + [len(text) for text in pairs[0][2]]) + 3
+        print(f"\n{'problem (greedy answers)':<26}{'before':<{width}}    after")
+        for problem, was, w0, now, w1 in zip(problems, pairs[0][2], pairs[0][3].flatten(), pairs[1][2], pairs[1][3].flatten()):
+            mark = ["x", "ok"]
+            print(f"{problem['prompt']:<26}{was:<{width}}{mark[int(w0 > 0.5)]:<4}{now}  {mark[int(w1 > 0.5)]}")
+    made = f", after {duration(summary['pretrain_seconds'])} of pre-training" if summary["pretrain_seconds"] else ""
+    print(f"\n{summary['steps']} steps in {duration(summary['seconds'])}{made}; "
+          f"{summary['sampled_tokens']:,} tokens sampled, {summary['trained_tokens']:,} trained on")
+    print(f"files: {args.out_dir}/ckpt.pt, metrics.jsonl, summary.json, {plot(args.out_dir)}")
+    if args.algo == "pretrain":
+        print("next:  python train.py --algo grpo")
+    else:
+        flags = "" if args.data is None else f" --data {args.data}"
+        other = "sft" if args.algo == "grpo" else "grpo"
+        print(f"next:  python train.py --init_from {args.out_dir} --sample \"{problems[0]['prompt'] if problems else 'text'}\"\n"
+              f"       python train.py --algo {other}{flags}\n"
+              f"       python train.py --algo grpo --num_iterations 2{flags}      # see the ratio move")
+
+
+# -- picture ----------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path):
+    """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for text in file:
+                try:
+                    lines.append(json.loads(text))
+                except json.JSONDecodeError:
+                    break
+    return lines
+
+
+def plot(out_dir):
+    """Draw curve.png from metrics.jsonl. Returns what to tell the reader about it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "and for a picture of the curves: pip install matplotlib"
+    lines = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
+    panels = [("accuracy", [("eval/accuracy", "held-out, sampled"), ("eval/ood_accuracy", "out of distribution"), ("reward", "training reward"),
+                            ("eval/worked", "answers with worked steps")]),
+              ("loss", [("nll", "training nll"), ("eval/loss", "held-out nll")]), ("nats", [("eval/kl", "KL to the start"), ("entropy", "entropy")]),
+              ("tokens", [("completions/mean_length", "completion length")])]
+    panels = [(label, [s for s in series if sum(s[0] in line for line in lines) > 1]) for label, series in panels]
+    panels = [p for p in panels if p[1]]
+    if not panels:
+        return "metrics too few for a picture"
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axis, (label, series) in zip(axes[0], panels):
+        for name, title in series:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=title, linestyle="--" if name == "reward" else "-")
+        axis.set_xlabel("updates")
+        axis.set_ylabel(label)
+        axis.set_ylim(*((0, 1) if label == "accuracy" else (0, None)))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(os.path.join(out_dir, "curve.png"), dpi=120)
+    plt.close(figure)
+    return "curve.png"

@@ -1,0 +1,664 @@
+"""
+The one loop: collect, then for each minibatch loss, backward, clip, step; evaluate, log, save. Every algorithm of this
+project is driven from here, and nothing here knows an algorithm's mathematics.
+
+    python train.py --algo grpo                     make a base model if there is none, then train it with GRPO
+    python train.py --algo sft                      fine-tune the same base on demonstrations
+    python train.py --algo pretrain                 make the base model, and nothing else
+    python train.py --algo grpo --help              every flag, with its default and typical range
+    python train.py --algo grpo --resume            go on where a run stopped
+    python train.py --init_from out/chain-grpo-0 --sample "7+5*3="        ask a model
+    python train.py --init_from out/chain-grpo-0 --eval_only              judge a model
+
+A run leaves in its folder (out/<task>-<algo>-<seed>, or --out_dir): config.json, every setting; metrics.jsonl, one JSON
+object a line; ckpt.pt, a dict whose "model" is the state dict; at the end summary.json and, with matplotlib, curve.png.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import typing
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import data
+import report
+from grpo import GRPO
+from model import GPT, GPTConfig, InputError
+from sft import SFT
+
+PRETRAIN = dict(learning_rate=6e-3, max_steps=1600, batch_size=64, lr_scheduler_type="linear", warmup_steps=50,
+                weight_decay=0.1, logging_steps=100, eval_steps=400, save_steps=400)
+ALGORITHMS = {"pretrain": SFT, "sft": SFT, "grpo": GRPO}
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_fields(group, config_class, defaults={}, suppress=False):
+    """A flag for every annotated field of a config dataclass. `suppress`: absent from the result unless it was given."""
+    for field in dataclasses.fields(config_class):
+        hint = typing.get_type_hints(config_class, include_extras=True)[field.name]
+        if typing.get_origin(hint) is not typing.Annotated:
+            continue
+        kind, text = typing.get_args(hint)
+        default = defaults.get(field.name, field.default)
+        kwargs = dict(choices=typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else \
+            dict(type=boolean if kind is bool else kind, metavar=kind.__name__)
+        group.add_argument(f"--{field.name}", default=argparse.SUPPRESS if suppress else default,
+                           help=f"{text} [{default if default != '' else 'empty'}]", **kwargs)
+
+
+def make_parser(algo):
+    algorithm = ALGORITHMS[algo]
+    d = PRETRAIN if algo == "pretrain" else algorithm.defaults
+    own = {"completion_only": False} if algo == "pretrain" else {}
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+        prog, max_help_position=34, width=120), allow_abbrev=False)
+    g = parser.add_argument_group("what to run")
+    g.add_argument("--algo", default="grpo", choices=ALGORITHMS, help="the algorithm [grpo]")
+    g.add_argument("--init_from", metavar="PATH", help="start from this checkpoint, a folder or a file [the task's base model]")
+    g.add_argument("--base_seed", type=int, default=0, metavar="int", help="seed of the base model, apart from --seed [0]")
+    g.add_argument("--resume", action="store_true", help="go on where the run in the output folder stopped")
+    g.add_argument("--eval_only", action="store_true", help="judge the model and stop")
+    g.add_argument("--sample", metavar="PROMPT", help="answer this prompt and stop")
+    g = parser.add_argument_group("task and data")
+    g.add_argument("--task", default="chain", choices=["chain", "countdown"], help="the built-in task [chain]")
+    g.add_argument("--min_terms", type=int, default=3, metavar="int", help="chain: fewest terms in a problem (2 to 4) [3]")
+    g.add_argument("--max_terms", type=int, default=5, metavar="int", help="chain: most terms in a problem (3 to 6) [5]")
+    g.add_argument("--data", metavar="FILE", help="a .jsonl file with text; or prompt and completion or answer [none]")
+    g.add_argument("--eval_data", metavar="FILE", help="held-out lines [one in ten of --data]")
+    g.add_argument("--max_new_tokens", type=int, default=0, metavar="int", help="longest completion, in tokens; 0: the task's own [0]")
+    g.add_argument("--tokenizer", default="byte", help="byte (needs no download) or gpt2 [byte]")
+    g.add_argument("--top_k", type=int, default=0, metavar="int", help="with --sample or --eval_only: the k likeliest tokens; 0: all [0]")
+    g.add_argument("--top_p", type=float, default=1.0, metavar="float", help="likewise: the likeliest tokens that make up this mass [1.0]")
+    g = parser.add_argument_group("the loop")
+    g.add_argument("--seed", type=int, default=0, metavar="int", help="of everything random in the run [0]")
+    g.add_argument("--max_steps", type=int, default=d["max_steps"], metavar="int", help=f"batches to collect and train on [{d['max_steps']}]")
+    g.add_argument("--max_minutes", type=float, default=0, metavar="float", help="stop after so many minutes; 0: no limit [0]")
+    g.add_argument("--batch_size", type=int, default=d["batch_size"], metavar="int",
+                   help=f"{'prompts' if algorithm.samples else 'examples'} per step (8 to 256) [{d['batch_size']}]")
+    g.add_argument("--micro_batch_size", type=int, default=0, metavar="int",
+                   help="completions per forward pass, to save memory; changes no result; 0: all at once [0]")
+    g.add_argument("--logging_steps", type=int, default=d["logging_steps"], metavar="int", help=f"steps between lines [{d['logging_steps']}]")
+    g.add_argument("--eval_steps", type=int, default=d["eval_steps"], metavar="int", help=f"steps between evaluations [{d['eval_steps']}]")
+    g.add_argument("--save_steps", type=int, default=d["save_steps"], metavar="int", help=f"steps between checkpoints [{d['save_steps']}]")
+    g.add_argument("--eval_problems", type=int, default=256, metavar="int", help="held-out problems to judge by (128 to 1024) [256]")
+    g.add_argument("--out_dir", metavar="DIR", help="the run's folder [out/<task>-<algo>-<seed>]")
+    g = parser.add_argument_group("optimizer (AdamW)")
+    g.add_argument("--learning_rate", type=float, default=d["learning_rate"], metavar="float",
+                   help=f"peak learning rate (1e-4 to 6e-3 at this size) [{d['learning_rate']}]")
+    g.add_argument("--lr_scheduler_type", default=d["lr_scheduler_type"], choices=["constant", "linear", "cosine"],
+                   help=f"after the warm-up: stay, or fall to a tenth [{d['lr_scheduler_type']}]")
+    g.add_argument("--warmup_steps", type=int, default=d["warmup_steps"], metavar="int", help=f"steps from 0 to the peak [{d['warmup_steps']}]")
+    g.add_argument("--weight_decay", type=float, default=d["weight_decay"], metavar="float", help=f"on matrices (0 to 0.1) [{d['weight_decay']}]")
+    g.add_argument("--adam_beta2", type=float, default=0.95, metavar="float", help="memory of the second moment (0.95 to 0.999) [0.95]")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, metavar="float", help="longer gradients are shortened to this norm; 0: never [1.0]")
+    g = parser.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                   help="of the matrix products; losses stay in float32 [bfloat16 on cuda, else float32]")
+    g.add_argument("--compile", action="store_true", help="compile the training forward pass (worth it on a GPU)")
+    add_fields(parser.add_argument_group("the model (of a new base; other models bring their own shape)"), GPTConfig, suppress=True)
+    add_fields(parser.add_argument_group(f"{algo}, from {algorithm.__module__}.py"), algorithm.Config, own)
+    return parser
+
+
+def parse_args(argv):
+    """argv -> (args, algorithm config, {shape flags that were given}). Raises InputError with the nearest right name."""
+    argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") and "=" not in a else
+            "--" + a[2:].split("=")[0].replace("-", "_") + "=" + a.split("=", 1)[1] if a.startswith("--") else a for a in argv]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algo", default="grpo")
+    algo = first.parse_known_args(argv)[0].algo
+    if algo not in ALGORITHMS:
+        near = difflib.get_close_matches(algo, ALGORITHMS, 1)
+        raise InputError(f"--algo {algo} is unknown{f': did you mean {near[0]}?' if near else ''}; there are {', '.join(ALGORITHMS)}")
+    parser = make_parser(algo)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        raise InputError(f"{unknown[0]} is unknown{f': did you mean {near[0]}?' if near else ''}; --help lists the flags")
+    given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
+    shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(GPTConfig) if f.name in given}
+    names = [f.name for f in dataclasses.fields(ALGORITHMS[algo].Config)]
+    config = ALGORITHMS[algo].Config(**{name: getattr(args, name) for name in names})
+    if algo == "pretrain":
+        if "seed" in given and args.seed != args.base_seed:
+            raise InputError("--algo pretrain makes a base model, whose seed is --base_seed")
+        args.seed, args.completion_only, config.completion_only = args.base_seed, False, False
+        config.num_documents = config.num_documents or args.max_steps * args.batch_size
+    for name in ("max_steps", "batch_size", "logging_steps", "eval_steps", "save_steps", "eval_problems"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    if not args.learning_rate > 0:
+        raise InputError(f"--learning_rate {args.learning_rate}: a number above 0 is needed")
+    if (args.top_k or args.top_p < 1) and not (args.eval_only or args.sample is not None):
+        raise InputError("--top_k and --top_p are for --sample and --eval_only: training scores the whole distribution, "
+                         "and what is sampled from a part of it would not be the policy's own")
+    if args.eval_data and not args.data:
+        raise InputError("--eval_data needs --data")
+    return args, config, shape
+
+
+def pick_device(args):
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.split(":")[0]):
+        raise InputError(f"--device {args.device}: not available here; use --device cpu")
+    args.device = device
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def autocast(args):
+    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def write(path, save):
+    """Write a file under another name, then rename: whoever reads `path` finds the old file or the new, never a half."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:   # torch reports a full disk as a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        kept = "; the earlier file is untouched" if os.path.exists(path) else ""
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}{kept}; "
+                         "free some space or choose another --out_dir") from None
+
+
+def write_json(path, value):
+    def save(tmp):
+        with open(tmp, "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+    write(path, save)
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file, or in the ckpt.pt of a folder. Raises InputError for whatever is not one."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no checkpoint there") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this project, or a truncated one ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= set(checkpoint):
+        raise InputError(f"{path}: a PyTorch file, but not a checkpoint of this project (no 'model' and 'model_config')")
+    return checkpoint
+
+
+def build_model(args, checkpoint, key="model"):
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint[key])
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"the checkpoint's weights do not fit its own shape: {str(error).splitlines()[-1].strip()}") from None
+    model.skip_padding = args.device == "cpu"
+    return model.to(args.device)
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answers(args, model, tokenizer, task, problems, num_generations=1, temperature=1.0):
+    """Samples for the problems, with their texts and rewards (problems, num_generations); the same draw every time."""
+    batch = data.collate([{"prompt": p["prompt"]} for p in problems], tokenizer, args.device)
+    generator = torch.Generator(args.device).manual_seed(1)
+    samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id,
+                             num_generations, temperature, args.top_k, args.top_p, generator)
+    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
+    repeated = [p for p in problems for _ in range(num_generations)]
+    columns = {name: [p[name] for p in repeated] for name in task.columns}
+    rewards = task.reward([p["prompt"] for p in repeated], texts, **columns)
+    return batch, samples, texts, torch.tensor(rewards).view(len(problems), num_generations)
+
+
+@torch.no_grad()
+def evaluate(args, model, ref_model, tokenizer, task, full):
+    """Judge a model on held-out problems -> {"eval/...": number}. `full` adds greedy decoding and pass@k.
+
+    eval/kl is KL(policy || ref) of the policy's own answers: the whole distribution at every step, summed per answer.
+    """
+    with autocast(args):
+        problems = data.problems(task, "test", args.eval_problems, args.seed)
+        if not problems:
+            return {}
+        if isinstance(task, data.JsonLines) and "answer" not in task.columns:
+            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)}
+        n = 16 if full else 1
+        batch, samples, texts, rewards = answers(args, model, tokenizer, task, problems, n)
+        result = {"eval/accuracy": rewards.mean().item()}
+        if full:
+            _, _, _, greedy = answers(args, model, tokenizer, task, problems, temperature=0)
+            result["eval/greedy_accuracy"] = greedy.mean().item()
+            for k in (1, 4, 16):
+                result[f"eval/pass@{k}"] = report.pass_at_k(rewards, k)
+        if task.is_worked:
+            worked = [task.is_worked(problems[i // n]["prompt"], text) for i, text in enumerate(texts)]
+            right = [r for r, w in zip(rewards.flatten().tolist(), worked) if w]
+            result["eval/worked"] = sum(worked) / len(worked)
+            result["eval/accuracy_when_worked"] = sum(right) / max(len(right), 1)
+        result["eval/mean_length"] = samples.completion_mask.sum(-1).float().mean().item()
+        if ref_model is not None:
+            ids, mask = samples.completion_ids[::n], samples.completion_mask[::n]                 # one answer a problem
+            logp, logq = (m.completion_logits(batch["prompt_ids"], batch["prompt_mask"], ids, mask).log_softmax(-1)
+                          for m in (model, ref_model))
+            kl = (logp.exp() * (logp - logq)).sum(-1)                                             # (B, T)
+            result["eval/kl"] = ((kl * mask).sum() / len(ids)).item()
+        ood = data.problems(task, "ood", args.eval_problems, args.seed)
+        if ood:
+            result["eval/ood_accuracy"] = answers(args, model, tokenizer, task, ood, 4 if full else 1)[3].mean().item()
+    return result
+
+
+def held_out_loss(args, model, tokenizer, examples):
+    """Mean negative log-likelihood per token of held-out completions (or texts), in nats."""
+    examples = [e if "completion" in e else {"prompt": "", "completion": e["text"]} for e in examples]
+    b = data.collate(examples, tokenizer, args.device)
+    logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"], b["completion_mask"])
+    logprobs = logits.log_softmax(-1).gather(-1, b["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    return -((logprobs * b["completion_mask"]).sum() / b["completion_mask"].sum()).item()
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then constant or falling to a tenth of the peak at max_steps."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    fall = {"constant": 0.0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done)}[args.lr_scheduler_type]
+    return args.learning_rate * (1 - 0.9 * fall)
+
+
+def random_states():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    name, keys, *rest = numpy.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states):
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def peak_memory_mb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource   # absent on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def update(args, algo, model, optimizer, minibatch, totals):
+    """One optimizer step on a minibatch, in micro-batches whose losses and gradients add up. -> tokens trained"""
+    optimizer.zero_grad()
+    loss, tokens = torch.zeros((), device=args.device), 0
+    for micro in data.split(minibatch, args.micro_batch_size) if minibatch is not None else []:
+        with autocast(args):
+            micro_loss, metrics = algo.loss(micro)
+        micro_loss.backward()
+        loss, tokens = loss + micro_loss.detach(), tokens + int(micro["completion_mask"].sum())
+        add(totals, metrics)
+    for p in model.parameters():   # no row had a gradient: Adam still coasts on its momentum
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    if not torch.isfinite(loss) or not torch.isfinite(grad_norm):
+        raise FloatingPointError
+    optimizer.step()
+    add(totals, {"loss": (loss, 1), "grad_norm": (grad_norm, 1)})
+    return tokens
+
+
+def add(totals, metrics):
+    """Sum {name: (sum, count)} into totals; a plain number is a total (or, if its name starts with max, a maximum)."""
+    for name, value in metrics.items():
+        if isinstance(value, tuple):
+            old = totals.get(name, (0, 0))
+            totals[name] = (old[0] + float(value[0]), old[1] + float(value[1]))
+        else:
+            totals[name] = max(totals.get(name, 0.0), float(value)) if name.startswith("max") else totals.get(name, 0) + int(value)
+
+
+# Settings that change how a run is watched, not what it computes: they may differ between a run and its resumption.
+WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
+            "out_dir", "top_k", "top_p"}
+
+
+def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=None, pretrain_seconds=0.0):
+    """Train a model in the folder args.out_dir, from `checkpoint` if there is one. Returns the summary, or None if Ctrl-C
+    stopped the run, in which case the command `again` goes on. Raises InputError where the loss is no longer finite."""
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    algo = ALGORITHMS[args.algo](config, model, ref_model, tokenizer, task)
+    algo.micro_batch_size = args.micro_batch_size
+    if args.compile:
+        model.completion_logits = torch.compile(model.completion_logits, dynamic=True)
+    optimizer = model.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, args.adam_beta2))
+    settings = {**vars(args), "model_config": dataclasses.asdict(model.config)}
+    step, seconds, counts = 0, 0.0, {"sampled_tokens": 0, "trained_tokens": 0}
+    metrics_path = os.path.join(args.out_dir, "metrics.jsonl")
+    started = time.time()
+    if checkpoint is None:
+        write_json(os.path.join(args.out_dir, "config.json"), settings)
+        torch.manual_seed(args.seed)
+        before = evaluate(args, model, ref_model, tokenizer, task, full=True)
+        lines = [{"step": 0, "seconds": time.time() - started, **counts, **before}]
+    else:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_random_states(checkpoint["random_states"])
+        step, counts, before, seconds = (checkpoint[k] for k in ("step", "counts", "before", "seconds"))
+        lines = [line for line in report.read_metrics(metrics_path) if line["step"] <= step]   # the rest happens again
+    started = time.time() - seconds
+    write(metrics_path, lambda tmp: open(tmp, "w").write("".join(json.dumps(line) + "\n" for line in lines)))
+
+    def save():
+        weights = {k: v.cpu() for k, v in model.state_dict().items()}
+        content = {"model": weights, "model_config": dataclasses.asdict(model.config), "tokenizer": args.tokenizer,
+                   "optimizer": optimizer.state_dict(), "step": step, "counts": counts, "before": before,
+                   "seconds": time.time() - started, "random_states": random_states(), "settings": settings,
+                   "ref_model": None if ref_model is None else ref_model.state_dict()}
+        write(path, lambda tmp: torch.save(content, tmp))
+
+    interrupted = []
+    def on_interrupt(signum, frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(signum)
+        print("\nstopping after this step (Ctrl-C again: at once, losing what was not saved)", flush=True)
+    previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+
+    examples = algo.examples(args.seed)
+    generator = torch.Generator(args.device)
+    bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo != "pretrain", mininterval=1)
+    console, totals, tally = report.Console(), {}, dict(collect=0.0, train=0.0, sampled=0, trained=0)   # since the last line
+    saved_at, start_step, loop_started = step if checkpoint else None, step, time.time()
+    try:
+        while step < args.max_steps and not interrupted:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step)
+            shuffle = args.algo != "pretrain"   # a corpus is read in order
+            batch_examples = [examples[i] for i in data.batch_indices(len(examples), args.batch_size, step, args.seed, shuffle)]
+            clock = time.time()
+            generator.manual_seed(1_000_003 * args.seed + step)   # so that a step is the same whatever came before it
+            with autocast(args):
+                batch, metrics = algo.collect(batch_examples, generator)
+            sampled, trained = int(metrics.pop("sampled_tokens", 0)), 0
+            add(totals, metrics)
+            tally["collect"] += time.time() - clock
+            clock = time.time()
+            try:
+                for minibatch in algo.minibatches(batch):
+                    trained += update(args, algo, model, optimizer, minibatch, totals)
+            except FloatingPointError:
+                raise InputError(f"the loss or its gradient is not finite at step {step + 1}; the last good checkpoint is "
+                                 f"{path + f' (step {saved_at})' if saved_at is not None else 'the one that the run started from'}: "
+                                 "go on from it with a lower --learning_rate") from None
+            tally["train"] += time.time() - clock
+            step += 1
+            for name, n in (("sampled", sampled), ("trained", trained)):
+                tally[name] += n
+                counts[f"{name}_tokens"] += n
+            bar.update()
+            out_of_time = args.max_minutes and time.time() - started > 60 * args.max_minutes
+            last = step == args.max_steps or out_of_time
+            if step % args.logging_steps == 0 or last:
+                line = {"step": step, "seconds": time.time() - started, **counts, "learning_rate": learning_rate(args, step - 1),
+                        "tokens_per_second/train": tally["trained"] / max(tally["train"], 1e-9)}
+                if tally["sampled"]:
+                    line["tokens_per_second/sample"] = tally["sampled"] / max(tally["collect"], 1e-9)
+                line |= {name: v[0] / max(v[1], 1) if isinstance(v, tuple) else v for name, v in totals.items()}
+                if step % args.eval_steps == 0 or last:
+                    line |= evaluate(args, model, ref_model, tokenizer, task, full=last and not interrupted)
+                lines.append(line)
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                left = (time.time() - loop_started) / (step - start_step) * (args.max_steps - step)
+                if bar.disable:
+                    console.print(line, left)
+                else:
+                    bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "eval/accuracy") if k in line})
+                totals, tally = {}, dict.fromkeys(tally, 0)
+            if step % args.save_steps == 0 or last or interrupted:
+                save()
+                saved_at = step
+            if out_of_time:
+                break
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, previous_handler)
+    if interrupted and step < args.max_steps:
+        print(f"saved {path} at step {step} of {args.max_steps}; go on with: {again}")
+        return None
+    after = {k: v for k, v in lines[-1].items() if k.startswith("eval/")}
+    summary = {"algo": args.algo, "task": task.name, "seed": args.seed, "steps": step, "seconds": time.time() - started,
+               "pretrain_seconds": pretrain_seconds, **counts, "peak_memory_mb": peak_memory_mb(), "before": before, "after": after}
+    write_json(os.path.join(args.out_dir, "summary.json"), summary)
+    return summary
+
+
+# -- from the command line to the loop ----------------------------------------------------------------------------------
+
+
+def make_task(args, tokenizer, config, block_size):
+    if args.data:
+        task = data.JsonLines(args.data, args.eval_data)
+    else:
+        task = data.Chain(args.min_terms, args.max_terms) if args.task == "chain" else data.Countdown()
+    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    if args.data and ALGORITHMS[args.algo].samples:
+        task.require("prompt", "answer", room=task.max_new_tokens, tokenizer=tokenizer, block_size=block_size)
+    elif args.data and not (args.eval_only or args.sample is not None):
+        columns = ("text",) if "text" in task.train[0] else ("prompt", "completion")
+        task.require(*columns, tokenizer=tokenizer, block_size=block_size)
+    return task
+
+
+def base_command(args, shape):
+    """The flags that make the base model which these args ask for."""
+    flags = ["--algo", "pretrain", "--device", args.device, "--dtype", args.dtype, "--eval_problems", str(args.eval_problems)]
+    for name in ("task", "tokenizer", "base_seed", "min_terms", "max_terms"):
+        flags += [f"--{name}", str(getattr(args, name))]
+    return flags + [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+
+
+def base_dir(args, shape):
+    """out/<task>-pretrain-<base_seed> for the default base; other settings get a name of their own beside it."""
+    ignored = WATCHING | {"device", "dtype", "compile", "micro_batch_size", "init_from"}
+    def settings(a, s):
+        return {k: v for k, v in vars(a).items() if k not in ignored} | s
+    default = parse_args(["--algo", "pretrain", "--task", args.task, "--base_seed", str(args.base_seed)])
+    mine = settings(args, shape)
+    suffix = "" if mine == settings(default[0], {}) else "-" + hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]
+    return f"out/{data_name(args)}-pretrain-{args.base_seed}{suffix}"
+
+
+def data_name(args):
+    return data.JsonLines.name_of(args.data) if args.data else args.task
+
+
+def pretrain(args, config, shape, tokenizer, again):
+    """Make the base model in args.out_dir, or go on making it. Returns its summary, or None if Ctrl-C stopped it."""
+    path, checkpoint = os.path.join(args.out_dir, "ckpt.pt"), None
+    if os.path.exists(path):
+        checkpoint = read_checkpoint(path)
+        check_same_settings(args, checkpoint, path)
+    torch.manual_seed(args.seed)
+    fresh = {"model_config": dataclasses.asdict(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape}))}
+    fresh["model"] = GPT(GPTConfig(**fresh["model_config"])).state_dict()
+    model = build_model(args, checkpoint or fresh)
+    task = make_task(args, tokenizer, config, model.config.block_size)
+    return train(args, config, model, None, tokenizer, task, again, checkpoint)
+
+
+def check_same_settings(args, checkpoint, path):
+    saved = checkpoint.get("settings", {})
+    for name, value in vars(args).items():
+        if name not in WATCHING and name in saved and saved[name] != value:
+            raise InputError(f"{path} was made with --{name} {saved[name]}, this command says {value}: "
+                             "give the same flags to resume, or another --out_dir to start anew")
+
+
+def ensure_base(args, shape, tokenizer, argv):
+    """The folder of the base model, made first if need be, and the seconds that making it took; (None, 0) on Ctrl-C."""
+    base_args, base_config, _ = parse_args(base_command(args, shape))
+    base_args.out_dir = base_dir(base_args, shape)
+    summary_path = os.path.join(base_args.out_dir, "summary.json")
+    if not os.path.exists(summary_path):
+        print(f"No base model in {base_args.out_dir} yet: pre-training one first (once; every algorithm starts from it).", flush=True)
+        summary = pretrain(base_args, base_config, shape, tokenizer, f"python train.py {' '.join(argv)}")
+        if summary is None:
+            return None, 0.0
+        print(report.base_line(summary, base_args.out_dir), flush=True)
+        return base_args.out_dir, summary["seconds"]
+    with open(summary_path) as file:
+        summary = json.load(file)
+    print(f"Base model: {base_args.out_dir} (made earlier in {summary['seconds']:.0f} s)", flush=True)
+    return base_args.out_dir, summary["seconds"]
+
+
+def keep_earlier_run(out_dir):
+    """A run never overwrites another: what is in its folder moves to the first free name beside it."""
+    if os.path.exists(os.path.join(out_dir, "config.json")):
+        n = next(n for n in range(1, 10**6) if not os.path.exists(f"{out_dir}.{n}"))
+        os.rename(out_dir, f"{out_dir}.{n}")
+        print(f"{out_dir} held an earlier run, which is now {out_dir}.{n} (--resume would have gone on with it)")
+
+
+def sample_and_print(args, model, tokenizer, task):
+    """--sample: the greedy answer, then four sampled ones."""
+    batch = data.collate([{"prompt": args.sample}], tokenizer, args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for temperature, n in ((0, 1), (1.0, 4)):
+        samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id,
+                                 tokenizer.pad_id, n, temperature, args.top_k, args.top_p, generator)
+        for ids, truncated in zip(samples.completion_ids.tolist(), samples.truncated.tolist()):
+            print(f"{'greedy ' if temperature == 0 else 'sampled'}  {args.sample}{tokenizer.decode(ids)}{' ...' if truncated else ''}")
+
+
+def run(argv):
+    """Parse the command line and do what it says. Returns the exit code."""
+    args, config, shape = parse_args(argv)
+    pick_device(args)
+    command = f"python train.py {' '.join(argv)}"
+    if args.algo == "pretrain" and not (args.eval_only or args.sample is not None):
+        tokenizer = data.Tokenizer(args.tokenizer)
+        args.out_dir = args.out_dir or base_dir(args, shape)
+        if os.path.exists(os.path.join(args.out_dir, "summary.json")):
+            print(f"{args.out_dir} already holds this base model; delete the folder to make it again")
+            return 0
+        summary = pretrain(args, config, shape, tokenizer, command)
+        if summary is None:
+            return 130
+        print(report.base_line(summary, args.out_dir))
+        report.finish(args, summary)
+        return 0
+
+    # Which weights to start from, and which to compare with.
+    args.out_dir = args.out_dir or f"out/{data_name(args)}-{args.algo}-{args.seed}"
+    checkpoint, pretrain_seconds = None, 0.0
+    if args.resume:
+        path = os.path.join(args.out_dir, "ckpt.pt")
+        checkpoint = read_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{path}: this checkpoint holds a model alone and cannot be resumed; use --init_from {path}")
+        args.init_from = args.init_from or checkpoint["settings"].get("init_from")
+        check_same_settings(args, checkpoint, path)
+        tokenizer = data.Tokenizer(args.tokenizer)
+        model, ref_model = build_model(args, checkpoint), build_model(args, checkpoint, "ref_model")
+        if checkpoint["step"] >= args.max_steps:
+            print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
+            return 0
+        print(f"Resuming {args.out_dir} at step {checkpoint['step']} of {args.max_steps}", flush=True)
+    else:
+        tokenizer = data.Tokenizer(args.tokenizer)
+        start = args.init_from
+        if start is None:
+            start, pretrain_seconds = ensure_base(args, shape, tokenizer, argv)
+            if start is None:
+                return 130
+        start_checkpoint = read_checkpoint(start)
+        model = build_model(args, start_checkpoint)
+        for name, value in shape.items():
+            if args.init_from and getattr(model.config, name) != getattr(GPTConfig(**{"vocab_size": 258, **shape}), name):
+                raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: leave the flag out")
+        if start_checkpoint.get("tokenizer", args.tokenizer) != args.tokenizer:
+            raise InputError(f"{start} was trained with --tokenizer {start_checkpoint['tokenizer']}")
+        ref_model = copy.deepcopy(model)
+    ref_model.requires_grad_(False)
+    task = make_task(args, tokenizer, config, model.config.block_size)
+    if args.sample is not None:
+        sample_and_print(args, model, tokenizer, task)
+        return 0
+    if args.eval_only:
+        print(report.eval_table(evaluate(args, model, None, tokenizer, task, full=True), task))
+        return 0
+    if checkpoint is None:
+        keep_earlier_run(args.out_dir)
+    again = command if args.resume else command + " --resume"
+    print(report.opening(args, model, task), flush=True)
+    summary = train(args, config, model, ref_model, tokenizer, task, again, checkpoint, pretrain_seconds)
+    if summary is None:
+        return 130
+    examples = data.problems(task, "test", 3, args.seed)
+    pairs = [answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)] if summary["after"] else None
+    report.finish(args, summary, task, examples, pairs)
+    return 0
+
+
+def main():
+    try:
+        code = run(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        code = 130
+    except OSError as error:   # a full disk, a folder that may not be read
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
