@@ -87,8 +87,8 @@ class Chain:
     everyday text, in which most answers are bare. Pre-training on the two in this order gives a base model that can
     work things out and seldom does: what reinforcement learning is good at changing.
 
-    `ood` problems contain `>`, the larger of two digits: `7+5>3=`. The corpus has some, post-training none. What they
-    measure is whether a way of post-training carries the new habit over to them or overwrites what was known of them.
+    `ood` problems contain `>`, the larger of two digits: `7+5>3=`. One document in fourteen has it, post-training none.
+    They measure whether a way of post-training carries the new habit over to them or overwrites what was known of them.
     """
     name, columns = "chain", ("answer",)
     operators, ood_operator = "+-*", ">"
@@ -127,7 +127,7 @@ class Chain:
         rng = random.Random(f"chain corpus {seed}")
         documents = []
         for i in range(size):
-            problem = self.problem(rng, "ood-train" if rng.random() < 0.15 else "train")
+            problem = self.problem(rng, "ood-train" if rng.random() < 0.07 else "train")
             worked = i < size // 2 or rng.random() < 0.3
             documents.append(problem["prompt"] + (problem["steps"] if worked else problem["answer"]))
         return documents
@@ -428,3 +428,8 @@ def split(batch, size):
     """The batch in micro-batches of at most `size` rows; 0: the batch as it is."""
     rows = torch.arange(len(batch["prompt_index"]), device=batch["prompt_index"].device)
     return [take_rows(batch, part) for part in rows.split(size)] if 0 < size < len(rows) else [batch]
+
+
+def autocast(args):
+    """The context in which forward passes run: matrix products in args.dtype; log-probabilities and losses stay float32."""
+    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")

@@ -12,8 +12,10 @@ GRPO: group relative policy optimisation, reinforcement learning from verifiable
     k3   = pi_ref/pi - 1 - log pi_ref/pi              an estimate of KL(pi || pi_ref) (joschu.net/blog/kl-approx.html)
     c_it = the aggregation: 1/(B |y_i|) for grpo, one over the tokens of the batch for dapo, 1/(B L) for dr_grpo
 
-"Why is my loss 0?" The advantages of a group add up to zero and the first ratio is 1, so the loss is -mean A, about
-zero, by construction. Its gradient, - sum c A grad log pi, is not. Watch the reward, never the loss.
+"Why is my loss 0?" The first ratio is 1, so the loss is minus the mean advantage, and the advantages of a group add up to
+zero: 0 by construction with loss_type grpo. The default, dapo, averages over tokens, so that its loss is below 0 while the
+better answers are the longer ones, and above 0 otherwise. Either way the value says nothing about progress. The gradient,
+- sum c A grad log pi, is what trains, and it is not zero. Watch the reward.
 
 "Why is the ratio always 1?" With num_iterations 1 and num_minibatches 1 each batch is used for one update, made at the
 very policy that sampled it: pi = pi_old, the ratio is exactly 1 and the clip never acts. The ratio is still in the
@@ -229,7 +231,8 @@ class GRPO:
                 "prompt_index": prompt_index, "advantages": advantages.flatten()}, metrics
 
     def minibatches(self, batch):
-        """The updates to make on a batch: num_iterations passes over num_minibatches parts, whole groups together."""
+        """The updates to make on a batch: num_iterations passes over num_minibatches parts, whole groups together.
+        A part is None where no row has a gradient."""
         config, G, parts = self.config, self.config.num_generations, []
         groups = torch.arange(len(batch["prompt_index"]), device=self.model.device).view(-1, G)
         for rows in groups.chunk(config.num_minibatches):
@@ -248,8 +251,7 @@ class GRPO:
                 part["old_logprobs"] = self.rescore(self.model, part)
             if config.beta > 0:
                 part["ref_logprobs"] = self.rescore(self.ref_model, part)
-        for _ in range(config.num_iterations):
-            yield from parts
+        return parts * config.num_iterations
 
     @torch.no_grad()
     def rescore(self, model, part):
@@ -262,7 +264,9 @@ class GRPO:
         """Log-probabilities of the sampled tokens (B, T), and of every token (B, T, V), at the sampling temperature."""
         logits = model.completion_logits(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"],
                                          batch["completion_mask"], batch["prompt_index"])      # (B, T, V)
-        all_logprobs = torch.log_softmax(logits / self.config.temperature, dim=-1)             # (B, T, V)
+        if self.config.temperature != 1:
+            logits = logits / self.config.temperature
+        all_logprobs = torch.log_softmax(logits, dim=-1)                                       # (B, T, V)
         logprobs = all_logprobs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)  # (B, T)
         return logprobs, all_logprobs
 

@@ -329,7 +329,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)   # a certain choice has probability 1
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     if 0 < top_k < logits.shape[-1]:
         kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
         logprobs = torch.log_softmax(logprobs.masked_fill(logprobs < kth, -math.inf), dim=-1)

@@ -1,12 +1,15 @@
 """
-What a run shows to people: the console line, the before/after table, problems answered before and after, the picture.
-
-The loop hands over plain numbers and this file never computes with tensors' gradients; train.py stays the loop.
+What a run finds out about its model and shows to people: evaluation, the console line, the before/after table, problems
+answered before and after, the picture. train.py stays the loop and its flags.
 """
 
 import json
 import math
 import os
+
+import torch
+
+import data
 
 # Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if the run has the metric.
 COLUMNS = [
@@ -47,7 +50,7 @@ def opening(args, model, task):
              f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}"]
     if args.algo == "grpo":
         lines.append(LEGEND)
-        lines.append("The loss of GRPO is about 0 by construction (advantages of a group add up to 0); its gradient is not.")
+        lines.append("The loss is no measure of progress: at ratio 1 it is minus the mean advantage, 0 but for the weights of the tokens.")
         if args.num_iterations * args.num_minibatches == 1:
             lines.append("The ratio is exactly 1 because each batch is used for one update (--num_iterations 2 makes it move).")
     return "\n".join(lines)
@@ -60,6 +63,81 @@ def base_line(summary, out_dir):
     worked = f"; worked steps in {a['eval/worked']:.0%} of its answers, right {a['eval/accuracy_when_worked']:.0%} of the time" \
         if "eval/worked" in a else ""
     return f"Base model: {out_dir}, made in {duration(summary['seconds'])}: held-out accuracy {a['eval/accuracy']:.3f}{worked}"
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answers(args, model, tokenizer, task, problems, num_generations=1, temperature=1.0):
+    """Samples for the problems, with their texts and rewards (problems, num_generations); the same draw every time."""
+    batch = data.collate([{"prompt": p["prompt"]} for p in problems], tokenizer, args.device)
+    generator = torch.Generator(args.device).manual_seed(1)
+    samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id,
+                             num_generations, temperature, args.top_k, args.top_p, generator)
+    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
+    repeated = [p for p in problems for _ in range(num_generations)]
+    columns = {name: [p[name] for p in repeated] for name in task.columns}
+    rewards = task.reward([p["prompt"] for p in repeated], texts, **columns)
+    return batch, samples, texts, torch.tensor(rewards).view(len(problems), num_generations)
+
+
+@torch.no_grad()
+def evaluate(args, model, ref_model, tokenizer, task, full):
+    """Judge a model on held-out problems -> {"eval/...": number}. `full` adds greedy decoding and pass@k.
+
+    eval/kl is KL(policy || ref) of the policy's own answers: the whole distribution at every step, summed per answer.
+    """
+    with data.autocast(args):
+        problems = data.problems(task, "test", args.eval_problems, args.seed)
+        if not problems:
+            return {}
+        if isinstance(task, data.JsonLines) and "answer" not in task.columns:
+            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)}
+        n = 16 if full else 1
+        batch, samples, texts, rewards = answers(args, model, tokenizer, task, problems, n)
+        result = {"eval/accuracy": rewards.mean().item()}
+        if full:
+            _, _, _, greedy = answers(args, model, tokenizer, task, problems, temperature=0)
+            result["eval/greedy_accuracy"] = greedy.mean().item()
+            for k in (1, 4, 16):
+                result[f"eval/pass@{k}"] = pass_at_k(rewards, k)
+        if task.is_worked:
+            worked = [task.is_worked(problems[i // n]["prompt"], text) for i, text in enumerate(texts)]
+            right = [r for r, w in zip(rewards.flatten().tolist(), worked) if w]
+            result["eval/worked"] = sum(worked) / len(worked)
+            result["eval/accuracy_when_worked"] = sum(right) / max(len(right), 1)
+        result["eval/mean_length"] = samples.completion_mask.sum(-1).float().mean().item()
+        if ref_model is not None:
+            ids, mask = samples.completion_ids[::n], samples.completion_mask[::n]                 # one answer a problem
+            logp, logq = (m.completion_logits(batch["prompt_ids"], batch["prompt_mask"], ids, mask).log_softmax(-1)
+                          for m in (model, ref_model))
+            kl = (logp.exp() * (logp - logq)).sum(-1)                                             # (B, T)
+            result["eval/kl"] = ((kl * mask).sum() / len(ids)).item()
+        ood = data.problems(task, "ood", args.eval_problems, args.seed)
+        if ood:
+            result["eval/ood_accuracy"] = answers(args, model, tokenizer, task, ood, 4 if full else 1)[3].mean().item()
+    return result
+
+
+def held_out_loss(args, model, tokenizer, examples):
+    """Mean negative log-likelihood per token of held-out completions (or texts), in nats."""
+    examples = [e if "completion" in e else {"prompt": "", "completion": e["text"]} for e in examples]
+    b = data.collate(examples, tokenizer, args.device)
+    logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"], b["completion_mask"])
+    logprobs = logits.log_softmax(-1).gather(-1, b["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    return -((logprobs * b["completion_mask"]).sum() / b["completion_mask"].sum()).item()
+
+
+def sample_and_print(args, model, tokenizer, task):
+    """--sample: the greedy answer, then four sampled ones."""
+    batch = data.collate([{"prompt": args.sample}], tokenizer, args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for temperature, n in ((0, 1), (1.0, 4)):
+        samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id,
+                                 tokenizer.pad_id, n, temperature, args.top_k, args.top_p, generator)
+        for ids, truncated in zip(samples.completion_ids.tolist(), samples.truncated.tolist()):
+            print(f"{'greedy ' if temperature == 0 else 'sampled'}  {args.sample}{tokenizer.decode(ids)}{' ...' if truncated else ''}")
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -111,7 +189,7 @@ def finish(args, summary, task=None, problems=(), pairs=None):
           f"{summary['sampled_tokens']:,} tokens sampled, {summary['trained_tokens']:,} trained on")
     print(f"files: {args.out_dir}/ckpt.pt, metrics.jsonl, summary.json, {plot(args.out_dir)}")
     if args.algo == "pretrain":
-        print("next:  python train.py --algo grpo")
+        print(f"next:  python train.py --algo grpo --init_from {args.out_dir}")
     else:
         flags = "" if args.data is None else f" --data {args.data}"
         other = "sft" if args.algo == "grpo" else "grpo"

@@ -79,7 +79,7 @@ class SFT:
 
     def minibatches(self, batch):
         """The updates to make on a batch: just one. Its weights are fixed here, before it is split to fit memory."""
-        yield {**batch, "weights": token_weights(batch["completion_mask"])}
+        return [{**batch, "weights": token_weights(batch["completion_mask"])}]
 
     def loss(self, batch):
         """The summed loss of the batch's rows, and {name: (sum, count)} for the log."""

@@ -28,6 +28,8 @@ import signal
 import sys
 import time
 import typing
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy
 import torch
@@ -44,6 +46,66 @@ PRETRAIN = dict(learning_rate=6e-3, max_steps=1600, batch_size=64, lr_scheduler_
 ALGORITHMS = {"pretrain": SFT, "sft": SFT, "grpo": GRPO}
 
 # -- flags ------------------------------------------------------------------------------------------------------------
+# Shared flags, group by group; an algorithm's `defaults` come before those here, and its own Config adds its own flags.
+
+
+@dataclass
+class What:
+    """what to run"""
+    algo: Annotated[Literal["pretrain", "sft", "grpo"], "the algorithm"] = "grpo"
+    init_from: Annotated[str, "start from this checkpoint, a folder or a file; none: the task's base model"] = None
+    base_seed: Annotated[int, "seed of the base model, apart from --seed"] = 0
+    resume: Annotated[bool, "go on where the run in the output folder stopped"] = False
+    eval_only: Annotated[bool, "judge the model and stop"] = False
+    sample: Annotated[str, "answer this prompt and stop"] = None
+
+
+@dataclass
+class Task:
+    """task and data"""
+    task: Annotated[Literal["chain", "countdown"], "the built-in task"] = "chain"
+    min_terms: Annotated[int, "chain: fewest terms in a problem (2 to 4)"] = 3
+    max_terms: Annotated[int, "chain: most terms in a problem (3 to 6)"] = 5
+    data: Annotated[str, "a .jsonl file with text, or prompt and completion, or prompt and answer"] = None
+    eval_data: Annotated[str, "held-out lines; none: one in ten of --data"] = None
+    max_new_tokens: Annotated[int, "longest completion, in tokens; 0: the task's own"] = 0
+    tokenizer: Annotated[str, "byte (needs no download) or gpt2"] = "byte"
+    top_k: Annotated[int, "with --sample or --eval_only: the k likeliest tokens; 0: all"] = 0
+    top_p: Annotated[float, "likewise: the likeliest tokens that make up this mass"] = 1.0
+
+
+@dataclass
+class Loop:
+    """the loop"""
+    seed: Annotated[int, "of everything random in the run"] = 0
+    max_steps: Annotated[int, "batches to collect and train on"] = 100
+    max_minutes: Annotated[float, "stop after so many minutes; 0: no limit"] = 0.0
+    batch_size: Annotated[int, "prompts (grpo) or examples per step (8 to 256)"] = 32
+    micro_batch_size: Annotated[int, "completions per forward pass, to save memory; changes no result; 0: all at once"] = 0
+    logging_steps: Annotated[int, "steps between lines"] = 10
+    eval_steps: Annotated[int, "steps between evaluations; those at which a line is due"] = 10
+    save_steps: Annotated[int, "steps between checkpoints"] = 50
+    eval_problems: Annotated[int, "held-out problems to judge by (128 to 1024)"] = 256
+    out_dir: Annotated[str, "the run's folder; none: out/<task>-<algo>-<seed>"] = None
+
+
+@dataclass
+class Optimizer:
+    """optimizer (AdamW)"""
+    learning_rate: Annotated[float, "peak learning rate (1e-4 to 6e-3 at this size)"] = 1e-3
+    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], "after the warm-up: stay, or fall to a tenth"] = "linear"
+    warmup_steps: Annotated[int, "steps from 0 to the peak"] = 10
+    weight_decay: Annotated[float, "on matrices (0 to 0.1)"] = 0.0
+    adam_beta2: Annotated[float, "memory of the second moment (0.95 to 0.999)"] = 0.95
+    max_grad_norm: Annotated[float, "longer gradients are shortened to this norm; 0: never"] = 1.0
+
+
+@dataclass
+class Machine:
+    """machine"""
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 on cuda, else float32"] = "auto"
+    compile: Annotated[bool, "compile the training forward pass (worth it on a GPU)"] = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,75 +114,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+    return text.lower() == "true"
+
+
+def number(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
 
 
 def add_fields(group, config_class, defaults={}, suppress=False):
-    """A flag for every annotated field of a config dataclass. `suppress`: absent from the result unless it was given."""
+    """A flag for every annotated field of a config dataclass. `suppress`: absent from the result unless it was given.
+    A bool may be given without a value: --resume is --resume true."""
     for field in dataclasses.fields(config_class):
         hint = typing.get_type_hints(config_class, include_extras=True)[field.name]
-        if typing.get_origin(hint) is not typing.Annotated:
+        if typing.get_origin(hint) is not Annotated:
             continue
         kind, text = typing.get_args(hint)
         default = defaults.get(field.name, field.default)
-        kwargs = dict(choices=typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else \
-            dict(type=boolean if kind is bool else kind, metavar=kind.__name__)
-        group.add_argument(f"--{field.name}", default=argparse.SUPPRESS if suppress else default,
-                           help=f"{text} [{default if default != '' else 'empty'}]", **kwargs)
+        shown = {None: "none", "": "empty"}.get(default, default) if kind is str else str(default).lower()
+        if typing.get_origin(kind) is Literal:
+            kwargs = dict(choices=typing.get_args(kind))
+        elif kind is bool:
+            kwargs = dict(type=boolean, nargs="?", const=True, metavar="true|false")
+        else:
+            kwargs = dict(type=number if kind is float else kind, metavar=kind.__name__)
+        group.add_argument(f"--{field.name}", default=argparse.SUPPRESS if suppress else default, help=f"{text} [{shown}]", **kwargs)
 
 
 def make_parser(algo):
     algorithm = ALGORITHMS[algo]
-    d = PRETRAIN if algo == "pretrain" else algorithm.defaults
     own = {"completion_only": False} if algo == "pretrain" else {}
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-        prog, max_help_position=34, width=120), allow_abbrev=False)
-    g = parser.add_argument_group("what to run")
-    g.add_argument("--algo", default="grpo", choices=ALGORITHMS, help="the algorithm [grpo]")
-    g.add_argument("--init_from", metavar="PATH", help="start from this checkpoint, a folder or a file [the task's base model]")
-    g.add_argument("--base_seed", type=int, default=0, metavar="int", help="seed of the base model, apart from --seed [0]")
-    g.add_argument("--resume", action="store_true", help="go on where the run in the output folder stopped")
-    g.add_argument("--eval_only", action="store_true", help="judge the model and stop")
-    g.add_argument("--sample", metavar="PROMPT", help="answer this prompt and stop")
-    g = parser.add_argument_group("task and data")
-    g.add_argument("--task", default="chain", choices=["chain", "countdown"], help="the built-in task [chain]")
-    g.add_argument("--min_terms", type=int, default=3, metavar="int", help="chain: fewest terms in a problem (2 to 4) [3]")
-    g.add_argument("--max_terms", type=int, default=5, metavar="int", help="chain: most terms in a problem (3 to 6) [5]")
-    g.add_argument("--data", metavar="FILE", help="a .jsonl file with text; or prompt and completion or answer [none]")
-    g.add_argument("--eval_data", metavar="FILE", help="held-out lines [one in ten of --data]")
-    g.add_argument("--max_new_tokens", type=int, default=0, metavar="int", help="longest completion, in tokens; 0: the task's own [0]")
-    g.add_argument("--tokenizer", default="byte", help="byte (needs no download) or gpt2 [byte]")
-    g.add_argument("--top_k", type=int, default=0, metavar="int", help="with --sample or --eval_only: the k likeliest tokens; 0: all [0]")
-    g.add_argument("--top_p", type=float, default=1.0, metavar="float", help="likewise: the likeliest tokens that make up this mass [1.0]")
-    g = parser.add_argument_group("the loop")
-    g.add_argument("--seed", type=int, default=0, metavar="int", help="of everything random in the run [0]")
-    g.add_argument("--max_steps", type=int, default=d["max_steps"], metavar="int", help=f"batches to collect and train on [{d['max_steps']}]")
-    g.add_argument("--max_minutes", type=float, default=0, metavar="float", help="stop after so many minutes; 0: no limit [0]")
-    g.add_argument("--batch_size", type=int, default=d["batch_size"], metavar="int",
-                   help=f"{'prompts' if algorithm.samples else 'examples'} per step (8 to 256) [{d['batch_size']}]")
-    g.add_argument("--micro_batch_size", type=int, default=0, metavar="int",
-                   help="completions per forward pass, to save memory; changes no result; 0: all at once [0]")
-    g.add_argument("--logging_steps", type=int, default=d["logging_steps"], metavar="int", help=f"steps between lines [{d['logging_steps']}]")
-    g.add_argument("--eval_steps", type=int, default=d["eval_steps"], metavar="int", help=f"steps between evaluations [{d['eval_steps']}]")
-    g.add_argument("--save_steps", type=int, default=d["save_steps"], metavar="int", help=f"steps between checkpoints [{d['save_steps']}]")
-    g.add_argument("--eval_problems", type=int, default=256, metavar="int", help="held-out problems to judge by (128 to 1024) [256]")
-    g.add_argument("--out_dir", metavar="DIR", help="the run's folder [out/<task>-<algo>-<seed>]")
-    g = parser.add_argument_group("optimizer (AdamW)")
-    g.add_argument("--learning_rate", type=float, default=d["learning_rate"], metavar="float",
-                   help=f"peak learning rate (1e-4 to 6e-3 at this size) [{d['learning_rate']}]")
-    g.add_argument("--lr_scheduler_type", default=d["lr_scheduler_type"], choices=["constant", "linear", "cosine"],
-                   help=f"after the warm-up: stay, or fall to a tenth [{d['lr_scheduler_type']}]")
-    g.add_argument("--warmup_steps", type=int, default=d["warmup_steps"], metavar="int", help=f"steps from 0 to the peak [{d['warmup_steps']}]")
-    g.add_argument("--weight_decay", type=float, default=d["weight_decay"], metavar="float", help=f"on matrices (0 to 0.1) [{d['weight_decay']}]")
-    g.add_argument("--adam_beta2", type=float, default=0.95, metavar="float", help="memory of the second moment (0.95 to 0.999) [0.95]")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, metavar="float", help="longer gradients are shortened to this norm; 0: never [1.0]")
-    g = parser.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                   help="of the matrix products; losses stay in float32 [bfloat16 on cuda, else float32]")
-    g.add_argument("--compile", action="store_true", help="compile the training forward pass (worth it on a GPU)")
+    parser = Parser(prog="train.py", usage="python train.py --algo {%s} [flags]" % ",".join(ALGORITHMS), description=__doc__,
+                    allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, max_help_position=34, width=120))
+    for flags in (What, Task, Loop, Optimizer, Machine):
+        add_fields(parser.add_argument_group(flags.__doc__), flags, PRETRAIN if algo == "pretrain" else algorithm.defaults)
     add_fields(parser.add_argument_group("the model (of a new base; other models bring their own shape)"), GPTConfig, suppress=True)
     add_fields(parser.add_argument_group(f"{algo}, from {algorithm.__module__}.py"), algorithm.Config, own)
     return parser
@@ -175,10 +206,6 @@ def pick_device(args):
         args.dtype = "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def autocast(args):
-    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -229,70 +256,6 @@ def build_model(args, checkpoint, key="model"):
     return model.to(args.device)
 
 
-# -- evaluation -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def answers(args, model, tokenizer, task, problems, num_generations=1, temperature=1.0):
-    """Samples for the problems, with their texts and rewards (problems, num_generations); the same draw every time."""
-    batch = data.collate([{"prompt": p["prompt"]} for p in problems], tokenizer, args.device)
-    generator = torch.Generator(args.device).manual_seed(1)
-    samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id,
-                             num_generations, temperature, args.top_k, args.top_p, generator)
-    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
-    repeated = [p for p in problems for _ in range(num_generations)]
-    columns = {name: [p[name] for p in repeated] for name in task.columns}
-    rewards = task.reward([p["prompt"] for p in repeated], texts, **columns)
-    return batch, samples, texts, torch.tensor(rewards).view(len(problems), num_generations)
-
-
-@torch.no_grad()
-def evaluate(args, model, ref_model, tokenizer, task, full):
-    """Judge a model on held-out problems -> {"eval/...": number}. `full` adds greedy decoding and pass@k.
-
-    eval/kl is KL(policy || ref) of the policy's own answers: the whole distribution at every step, summed per answer.
-    """
-    with autocast(args):
-        problems = data.problems(task, "test", args.eval_problems, args.seed)
-        if not problems:
-            return {}
-        if isinstance(task, data.JsonLines) and "answer" not in task.columns:
-            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)}
-        n = 16 if full else 1
-        batch, samples, texts, rewards = answers(args, model, tokenizer, task, problems, n)
-        result = {"eval/accuracy": rewards.mean().item()}
-        if full:
-            _, _, _, greedy = answers(args, model, tokenizer, task, problems, temperature=0)
-            result["eval/greedy_accuracy"] = greedy.mean().item()
-            for k in (1, 4, 16):
-                result[f"eval/pass@{k}"] = report.pass_at_k(rewards, k)
-        if task.is_worked:
-            worked = [task.is_worked(problems[i // n]["prompt"], text) for i, text in enumerate(texts)]
-            right = [r for r, w in zip(rewards.flatten().tolist(), worked) if w]
-            result["eval/worked"] = sum(worked) / len(worked)
-            result["eval/accuracy_when_worked"] = sum(right) / max(len(right), 1)
-        result["eval/mean_length"] = samples.completion_mask.sum(-1).float().mean().item()
-        if ref_model is not None:
-            ids, mask = samples.completion_ids[::n], samples.completion_mask[::n]                 # one answer a problem
-            logp, logq = (m.completion_logits(batch["prompt_ids"], batch["prompt_mask"], ids, mask).log_softmax(-1)
-                          for m in (model, ref_model))
-            kl = (logp.exp() * (logp - logq)).sum(-1)                                             # (B, T)
-            result["eval/kl"] = ((kl * mask).sum() / len(ids)).item()
-        ood = data.problems(task, "ood", args.eval_problems, args.seed)
-        if ood:
-            result["eval/ood_accuracy"] = answers(args, model, tokenizer, task, ood, 4 if full else 1)[3].mean().item()
-    return result
-
-
-def held_out_loss(args, model, tokenizer, examples):
-    """Mean negative log-likelihood per token of held-out completions (or texts), in nats."""
-    examples = [e if "completion" in e else {"prompt": "", "completion": e["text"]} for e in examples]
-    b = data.collate(examples, tokenizer, args.device)
-    logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"], b["completion_mask"])
-    logprobs = logits.log_softmax(-1).gather(-1, b["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    return -((logprobs * b["completion_mask"]).sum() / b["completion_mask"].sum()).item()
-
-
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +298,7 @@ def update(args, algo, model, optimizer, minibatch, totals):
     optimizer.zero_grad()
     loss, tokens = torch.zeros((), device=args.device), 0
     for micro in data.split(minibatch, args.micro_batch_size) if minibatch is not None else []:
-        with autocast(args):
+        with data.autocast(args):
             micro_loss, metrics = algo.loss(micro)
         micro_loss.backward()
         loss, tokens = loss + micro_loss.detach(), tokens + int(micro["completion_mask"].sum())
@@ -381,7 +344,7 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
     if checkpoint is None:
         write_json(os.path.join(args.out_dir, "config.json"), settings)
         torch.manual_seed(args.seed)
-        before = evaluate(args, model, ref_model, tokenizer, task, full=True)
+        before = report.evaluate(args, model, ref_model, tokenizer, task, full=True)
         lines = [{"step": 0, "seconds": time.time() - started, **counts, **before}]
     else:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -420,14 +383,15 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
             batch_examples = [examples[i] for i in data.batch_indices(len(examples), args.batch_size, step, args.seed, shuffle)]
             clock = time.time()
             generator.manual_seed(1_000_003 * args.seed + step)   # so that a step is the same whatever came before it
-            with autocast(args):
+            with data.autocast(args):
                 batch, metrics = algo.collect(batch_examples, generator)
+                minibatches = algo.minibatches(batch)
             sampled, trained = int(metrics.pop("sampled_tokens", 0)), 0
             add(totals, metrics)
             tally["collect"] += time.time() - clock
             clock = time.time()
             try:
-                for minibatch in algo.minibatches(batch):
+                for minibatch in minibatches:
                     trained += update(args, algo, model, optimizer, minibatch, totals)
             except FloatingPointError:
                 raise InputError(f"the loss or its gradient is not finite at step {step + 1}; the last good checkpoint is "
@@ -448,7 +412,7 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
                     line["tokens_per_second/sample"] = tally["sampled"] / max(tally["collect"], 1e-9)
                 line |= {name: v[0] / max(v[1], 1) if isinstance(v, tuple) else v for name, v in totals.items()}
                 if step % args.eval_steps == 0 or last:
-                    line |= evaluate(args, model, ref_model, tokenizer, task, full=last and not interrupted)
+                    line |= report.evaluate(args, model, ref_model, tokenizer, task, full=last)
                 lines.append(line)
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -564,17 +528,6 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} held an earlier run, which is now {out_dir}.{n} (--resume would have gone on with it)")
 
 
-def sample_and_print(args, model, tokenizer, task):
-    """--sample: the greedy answer, then four sampled ones."""
-    batch = data.collate([{"prompt": args.sample}], tokenizer, args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    for temperature, n in ((0, 1), (1.0, 4)):
-        samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id,
-                                 tokenizer.pad_id, n, temperature, args.top_k, args.top_p, generator)
-        for ids, truncated in zip(samples.completion_ids.tolist(), samples.truncated.tolist()):
-            print(f"{'greedy ' if temperature == 0 else 'sampled'}  {args.sample}{tokenizer.decode(ids)}{' ...' if truncated else ''}")
-
-
 def run(argv):
     """Parse the command line and do what it says. Returns the exit code."""
     args, config, shape = parse_args(argv)
@@ -605,7 +558,7 @@ def run(argv):
         check_same_settings(args, checkpoint, path)
         tokenizer = data.Tokenizer(args.tokenizer)
         model, ref_model = build_model(args, checkpoint), build_model(args, checkpoint, "ref_model")
-        if checkpoint["step"] >= args.max_steps:
+        if checkpoint["step"] >= args.max_steps and os.path.exists(os.path.join(args.out_dir, "summary.json")):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
         print(f"Resuming {args.out_dir} at step {checkpoint['step']} of {args.max_steps}", flush=True)
@@ -627,10 +580,10 @@ def run(argv):
     ref_model.requires_grad_(False)
     task = make_task(args, tokenizer, config, model.config.block_size)
     if args.sample is not None:
-        sample_and_print(args, model, tokenizer, task)
+        report.sample_and_print(args, model, tokenizer, task)
         return 0
     if args.eval_only:
-        print(report.eval_table(evaluate(args, model, None, tokenizer, task, full=True), task))
+        print(report.eval_table(report.evaluate(args, model, None, tokenizer, task, full=True), task))
         return 0
     if checkpoint is None:
         keep_earlier_run(args.out_dir)
@@ -640,7 +593,7 @@ def run(argv):
     if summary is None:
         return 130
     examples = data.problems(task, "test", 3, args.seed)
-    pairs = [answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)] if summary["after"] else None
+    pairs = [report.answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)] if summary["after"] else None
     report.finish(args, summary, task, examples, pairs)
     return 0
 

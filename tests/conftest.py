@@ -1,14 +1,19 @@
-"""Shared by all tests: the path to the project's files, the `slow` marker, two threads, one small base model."""
+"""Shared by all tests: the path to the project's files, the `slow` marker, one thread, two base models."""
 
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
-import torch
+
+# The tests' models are so small that a second thread only costs; and sums are bit-for-bit the same on one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch  # noqa: E402  (reads the variable)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):
@@ -28,13 +33,29 @@ def train(*flags, cwd, timeout=300, **kwargs):
                           timeout=timeout, **kwargs)
 
 
+def run(*flags):
+    """The same in this process and in the current folder, which saves the start of Python. -> exit code, or InputError"""
+    import train as module
+    return module.run([str(flag) for flag in flags])
+
+
 SMALL = ("--min_terms", 2, "--max_terms", 3, "--eval_problems", 64)   # a setting of the chain task that learns in seconds
+TASK = ("--min_terms", 2, "--max_terms", 2, "--eval_problems", 16)    # the easiest setting, for runs of a few steps
+SHAPE = ("--n_embd", 16, "--n_layer", 1, "--n_head", 2)               # the smallest model worth running
 
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory):
     """The folder of a small base model, made once per session: chains of 2 or 3 terms."""
     cwd = tmp_path_factory.mktemp("base")
-    done = train("--algo", "pretrain", *SMALL, "--max_steps", 500, "--out_dir", "base", cwd=cwd)
+    done = train("--algo", "pretrain", *SMALL, "--max_steps", 700, "--eval_steps", 700, "--out_dir", "base", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "base"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """The folder of a model that has been trained for 3 steps and knows nothing, made once per session in a second."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    assert run("--algo", "pretrain", *TASK, *SHAPE, "--max_steps", 3, "--batch_size", 8, "--out_dir", folder) == 0
+    return folder
