@@ -75,7 +75,7 @@ class Tokenizer:
 
 def is_test(problem):
     """Whether a problem belongs to the test split: one in ten, by a hash of its text that no seed can change."""
-    return zlib.crc32(problem.encode()) % 10 == 0
+    return zlib.crc32(problem.encode(errors="surrogatepass")) % 10 == 0
 
 
 class Chain:
@@ -185,7 +185,7 @@ class Countdown:
     @staticmethod
     def reward(prompts, completions, numbers, target, **columns):
         """1.0 where the completion uses exactly the given numbers and its value is the target. -> list of floats"""
-        return [float(sorted(map(int, re.findall(r"\d+", c))) == sorted(n) and value(c) == t)
+        return [float(value(c) == t and sorted(map(int, re.findall(r"\d+", c))) == sorted(n))
                 for c, n, t in zip(completions, numbers, target)]
 
     def chance(self, k):
@@ -244,7 +244,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def last_number(text):
     """The last number written in a text, or None: `so 1,234.50 in all.` -> Fraction(2469, 2), `#### 42` -> 42."""
     found = NUMBER.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
+    return Fraction(found[-1].replace(",", "")) if found and len(found[-1]) < 1000 else None
 
 
 class JsonLines:
@@ -259,7 +259,7 @@ class JsonLines:
         self.name = self.name_of(path)
         self.path, self.max_new_tokens = path, max_new_tokens
         rows = read_jsonl(path)
-        held_out = [is_test(row.get("prompt", row.get("text", ""))) for row in rows]
+        held_out = [is_test(str(row.get("prompt", row.get("text")))) for row in rows]
         self.train = rows if eval_path else [row for row, test in zip(rows, held_out) if not test]
         self.test = read_jsonl(eval_path) if eval_path else [row for row, test in zip(rows, held_out) if test]
         if not self.train:
@@ -315,8 +315,8 @@ def read_jsonl(path):
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
+        except (ValueError, RecursionError) as error:   # ValueError: not JSON, or a number of thousands of digits
+            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply, or a number too long')})") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
         rows.append({**row, "file": str(path), "line": number})
@@ -330,8 +330,10 @@ def read_jsonl(path):
 
 def documents(task, size, seed):
     """Pre-training examples: whole texts. The prompt is empty, so every token of the text is trained."""
-    texts = [row.get("text") or row["prompt"] + row["completion"] for row in task.train] if isinstance(task, JsonLines) \
-        else task.corpus(size, seed)
+    if isinstance(task, JsonLines):
+        texts = [row["text"] if "text" in row else row["prompt"] + row["completion"] for row in task.train]
+    else:
+        texts = task.corpus(size, seed)
     return [{"prompt": "", "completion": text} for text in texts]
 
 

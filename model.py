@@ -229,9 +229,13 @@ class GPT(nn.Module):
             predicted from                 '='  1  2
         """
         Tp, T = prompt_ids.shape[1], completion_ids.shape[1]
-        if Tp + T > self.config.block_size:
-            raise InputError(f"a prompt of {Tp} tokens and a completion of {T} do not fit block_size {self.config.block_size}")
-        if prompt_index is None:   # one completion a prompt: read the two side by side
+        if prompt_index is None:
+            prompt_index = torch.arange(len(completion_ids), device=completion_ids.device)
+        if Tp + T > self.config.block_size:   # the grid is too wide; what counts is the longest row in it
+            if (prompt_mask.sum(-1)[prompt_index] + completion_mask.sum(-1)).max() > self.config.block_size:
+                raise InputError(f"a prompt and its completion are longer than block_size {self.config.block_size}")
+        if len(prompt_ids) == len(completion_ids):   # one completion a prompt: read the two side by side
+            prompt_ids, prompt_mask = prompt_ids[prompt_index], prompt_mask[prompt_index]
             input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
             attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
             return self(input_ids, attention_mask, positions=slice(Tp - 1, None))

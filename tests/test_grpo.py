@@ -1,0 +1,508 @@
+"""
+The SFT and GRPO classes on a real but tiny model: what is trained, what is not, and that no bookkeeping (padding, order,
+micro-batches, rows left out) changes a result. Comparisons of the same sum in two orders are made in float64, to 1e-10.
+"""
+
+import copy
+import statistics
+import zlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import train
+from grpo import GRPO, GRPOConfig, k3, token_weights
+from model import GPT, GPTConfig, InputError
+from sft import SFT, SFTConfig
+
+LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "cispo"]
+LEVELS = ["token", "sequence"]
+PROBLEMS = [{"prompt": p, "answer": data.Chain.solve(p)["answer"]} for p in ("7+5=", "1-2*3=", "9*9=", "4+4-1=")]
+DEMONSTRATIONS = [{"prompt": p, "completion": c} for p, c in (
+    ("7+5=", "2"), ("1-2*3=", "1-2=9;9*3=7"), ("9*9=", "9*9=1"), ("4+4-1=", "7"), ("0+1=", "0+1=1"))]
+DOCUMENTS = [{"prompt": "", "completion": e["prompt"] + e["completion"]} for e in DEMONSTRATIONS]
+
+
+class Letters:
+    """A tokenizer of 18 tokens, so that an untrained model ends about half of its answers by itself."""
+    letters, eos_id, pad_id, vocab_size = "0123456789+-*>=;", 16, 17, 18
+
+    def encode(self, text):
+        return [self.letters.index(c) for c in text]
+
+    def decode(self, ids):
+        ids = list(ids)
+        ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return "".join(self.letters[i] for i in ids if i < 16)
+
+
+def coin(prompts, completions, **columns):
+    """A reward of 0 or 1 that looks random and depends on prompt and answer; the first problem is always right."""
+    return [float(p == "7+5=" or zlib.crc32((p + c).encode()) % 2) for p, c in zip(prompts, completions)]
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in double precision, also where the sources ask for float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=18, block_size=32, n_layer=2, n_head=2, n_embd=16, n_hidden=16))
+
+
+def make_sft():
+    return SFT(SFTConfig(), tiny_model(), None, Letters(), data.Chain(2, 3))
+
+
+def make_grpo(reward=coin, **flags):
+    model = tiny_model()
+    algo = GRPO(GRPOConfig(**{"num_generations": 4, **flags}), model, tiny_model(seed=1), Letters(), data.Chain(2, 3))
+    if reward is not None:
+        algo.reward_functions = {"coin": reward}
+    return algo
+
+
+def collect(algo, problems=PROBLEMS):
+    return algo.collect(problems, torch.Generator().manual_seed(0))
+
+
+def move(model, size=0.1, seed=5):
+    """Change the weights as an update would, but at random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += size * torch.randn(p.shape, generator=generator)
+
+
+def loss_and_gradient(algo, batch, micro_batch_size=0):
+    """Summed over micro-batches as train.update does: the loss, one long gradient, the metrics."""
+    algo.model.zero_grad()
+    total, metrics = 0.0, {}
+    for micro in data.split(batch, micro_batch_size):
+        loss, micro_metrics = algo.loss(micro)
+        loss.backward()
+        total = total + loss.detach()
+        train.add(metrics, micro_metrics)
+    return total, torch.cat([p.grad.flatten() for p in algo.model.parameters()]), metrics
+
+
+def same(a, b, tolerance=1e-10):
+    return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=tolerance)
+
+
+def same_results(a, b):
+    return same(a[0], b[0]) and same(a[1], b[1]) and a[2].keys() == b[2].keys() \
+        and all(a[2][name] == pytest.approx(b[2][name], abs=1e-9) for name in a[2])
+
+
+def training_args(**flags):
+    return SimpleNamespace(**{"device": "cpu", "dtype": "float32", "micro_batch_size": 0, "max_grad_norm": 1.0, **flags})
+
+
+def padded(batch, left=3, right=2):
+    """The batch with more padding: columns left of the prompts and right of the completions, full of real token ids."""
+    F = torch.nn.functional.pad
+    widened = {"prompt_ids": F(batch["prompt_ids"], (left, 0), value=5), "prompt_mask": F(batch["prompt_mask"], (left, 0))}
+    for name in ("completion_ids", "completion_mask", "weights", "old_logprobs", "ref_logprobs"):
+        if name in batch:
+            widened[name] = F(batch[name], (0, right), value=7 if name == "completion_ids" else 0)
+    return {**batch, **widened}
+
+
+# -- SFT: what is trained ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", [DEMONSTRATIONS, DOCUMENTS], ids=["demonstrations", "documents"])
+def test_sft_loss_is_the_token_mean_of_the_completions_and_their_ends(float64, examples):
+    """Against one unpadded forward pass per example: minus the mean log-probability, over the whole batch, of completion
+    tokens and <end>. In pre-training the whole text is the completion (survey 2603.13985, eq. 1)."""
+    algo = make_sft()
+    batch, _ = algo.collect(examples, None)
+    [minibatch] = algo.minibatches(batch)
+    loss, _, metrics = loss_and_gradient(algo, minibatch)
+    logprobs, right = [], 0
+    for e in examples:
+        prompt, completion = ([16] + algo.tokenizer.encode(e["prompt"]), algo.tokenizer.encode(e["completion"]) + [16])
+        logits = algo.model(torch.tensor([prompt + completion]))[0]
+        for t, token in enumerate(completion, start=len(prompt)):
+            logprobs.append(logits[t - 1].log_softmax(-1)[token].item())
+            right += int(logits[t - 1].argmax()) == token
+    assert same(loss, -statistics.mean(logprobs))
+    assert metrics["nll"] == pytest.approx((-sum(logprobs), len(logprobs)))
+    assert metrics["mean_token_accuracy"] == (right, len(logprobs))
+
+
+def test_sft_trains_end_but_nothing_after_it():
+    """The gradient with respect to the logits is not zero on every completion token, <end> included, and zero on padding.
+    An excluded <end> is how models never learn to stop."""
+    algo = make_sft()
+    read, kept = algo.model.completion_logits, []
+
+    def completion_logits(*args):
+        kept.append(read(*args))
+        kept[-1].retain_grad()
+        return kept[-1]
+
+    algo.model.completion_logits = completion_logits
+    [minibatch] = algo.minibatches(algo.collect(DEMONSTRATIONS, None)[0])
+    loss_and_gradient(algo, minibatch)
+    trained = kept[0].grad.abs().sum(-1) > 0                                              # (B, T)
+    lengths = [len(e["completion"]) + 1 for e in DEMONSTRATIONS]
+    assert trained.tolist() == [[t < n for t in range(max(lengths))] for n in lengths]
+    ends = torch.tensor(lengths) - 1
+    assert (minibatch["completion_ids"][torch.arange(5), ends] == algo.tokenizer.eos_id).all()
+
+
+def test_pretraining_examples_train_every_token_of_the_text():
+    """completion_only False: the algorithm draws whole documents with an empty prompt; True: prompts apart from answers."""
+    task, tokenizer = data.Chain(2, 3), Letters()
+    for completion_only in (True, False):
+        algo = SFT(SFTConfig(completion_only=completion_only, num_documents=20), tiny_model(), None, tokenizer, task)
+        examples = algo.examples(seed=0)[:20]
+        batch, _ = algo.collect(examples, None)
+        texts = ["".join((e["prompt"], e["completion"])) for e in examples]
+        trained = [tokenizer.decode(ids) for ids in batch["completion_ids"].tolist()]
+        assert (trained == texts) == (not completion_only)
+        assert int(batch["prompt_mask"].sum()) == (20 if not completion_only else 20 + sum(len(e["prompt"]) for e in examples))
+
+
+# -- neither micro-batches, nor padding, nor order change a result ----------------------------------------------------
+
+
+def off_policy_minibatch(**flags):
+    """A GRPO minibatch in which every term of the loss is at work: the ratio is not 1 and some tokens are clipped, there
+    is a KL to a different model and an entropy bonus, and pi_old is not the policy."""
+    algo = make_grpo(num_iterations=2, beta=0.3, entropy_coef=0.2, **flags)
+    batch, _ = collect(algo)
+    minibatch = algo.minibatches(batch)[0]
+    move(algo.model)
+    return algo, minibatch
+
+
+def check_invariance(algo, minibatch):
+    whole = loss_and_gradient(algo, minibatch)
+    assert whole[1].abs().max() > 1e-3
+    for size in (1, 2, 3, 5):
+        assert same_results(loss_and_gradient(algo, minibatch, size), whole), f"micro-batches of {size}"
+    assert same_results(loss_and_gradient(algo, padded(minibatch)), whole), "wider padding"
+    rows = torch.randperm(len(minibatch["prompt_index"]), generator=torch.Generator().manual_seed(0))
+    assert same_results(loss_and_gradient(algo, data.take_rows(minibatch, rows)), whole), "another order"
+    return whole
+
+
+def test_sft_is_invariant_to_micro_batches_padding_and_order(float64):
+    """Loss, gradient and metrics are those of the batch. (Means of micro-batch means, or micro-batches that get lost, have
+    spoilt published baselines: 2604.23747.)"""
+    algo = make_sft()
+    [minibatch] = algo.minibatches(algo.collect(DEMONSTRATIONS, None)[0])
+    check_invariance(algo, minibatch)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_grpo_is_invariant_to_micro_batches_padding_and_order(float64, loss_type, level):
+    """The same for every aggregation and both kinds of ratio, with clip, KL and entropy bonus at work."""
+    algo, minibatch = off_policy_minibatch(loss_type=loss_type, importance_sampling_level=level)
+    _, _, metrics = check_invariance(algo, minibatch)
+    assert 0 < metrics["clip_ratio"][0] < metrics["clip_ratio"][1] and metrics["kl"][0] > 0
+
+
+def test_update_adds_up_micro_batches(float64):
+    """train.update in micro-batches of 3 reports the loss and the gradient norm of the whole batch, and counts its tokens."""
+    algo, minibatch = off_policy_minibatch()
+    loss, grad, _ = loss_and_gradient(algo, minibatch)
+    totals, optimizer = {}, algo.model.configure_optimizer(1e-3, 0.0)
+    tokens = train.update(training_args(micro_batch_size=3), algo, algo.model, optimizer, minibatch, totals)
+    assert totals["loss"][0] == pytest.approx(float(loss), abs=1e-10)
+    assert totals["grad_norm"][0] == pytest.approx(float(grad.norm()), abs=1e-10)
+    assert tokens == int(minibatch["completion_mask"].sum())
+
+
+# -- GRPO: collecting -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_its_own_prompt_reward_and_advantage():
+    """Row b answers problem b // G: reward and advantage are recomputed from the decoded row, group by group."""
+    algo, G = make_grpo(), 4
+    batch, metrics = collect(algo)
+    rewards, tokenizer = [], algo.tokenizer
+    for b in range(16):
+        problem = PROBLEMS[b // G]["prompt"]
+        row = batch["prompt_index"][b]
+        assert tokenizer.decode(batch["prompt_ids"][row][batch["prompt_mask"][row]][1:].tolist()) == problem
+        text = tokenizer.decode(batch["completion_ids"][b][batch["completion_mask"][b]].tolist())
+        rewards += coin([problem], [text])
+    groups = [rewards[i:i + G] for i in range(0, 16, G)]
+    by_hand = [(r - statistics.mean(g)) / (statistics.stdev(g) + 1e-4) for g in groups for r in g]
+    assert same(batch["advantages"], by_hand, 1e-5)
+    assert len({tuple(g) for g in groups}) >= 3                                           # the groups do differ
+    flat = sum(len(set(g)) == 1 for g in groups)
+    lengths = batch["completion_mask"].sum(-1)
+    assert metrics["reward"] == (sum(rewards), 16) == metrics["rewards/coin/mean"]
+    assert metrics["frac_reward_zero_std"] == (flat, 4) and flat >= 1
+    assert float(metrics["reward_std"][0]) == pytest.approx(sum(map(statistics.stdev, groups))) and metrics["reward_std"][1] == 4
+    assert metrics["completions/mean_length"] == (lengths.sum(), 16) and metrics["sampled_tokens"] == lengths.sum()
+    ended = (batch["completion_ids"] == 16).any(-1)
+    assert metrics["completions/clipped_ratio"] == (16 - ended.sum(), 16) and 0 < ended.sum() < 16
+
+
+def test_the_verifier_gets_the_answer_of_the_row():
+    """The task's own reward, not a stand-in: 1 where the text ends in the answer of that row's problem."""
+    algo = make_grpo(reward=None)
+    ids = torch.tensor([algo.tokenizer.encode(c) for c in ("2", "3", "7", "5", "1", "2", "7", "7")])    # 7+5=2, 1-2*3=7,
+    scores = algo.score(PROBLEMS, SimpleNamespace(completion_ids=ids), 2)                               # 9*9=1, 4+4-1=7
+    assert scores["verifier"].tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
+
+
+def test_remax_compares_with_the_greedy_answer():
+    """A = R - R(greedy answer to the same prompt) (2310.10505, eq. 4); the greedy tokens count as sampled."""
+    def evenness(prompts, completions, **columns):
+        return [len(p) * len(c) for p, c in zip(prompts, completions)]
+    algo = make_grpo(reward=evenness, advantage="remax", scale_rewards="none")
+    batch, metrics = collect(algo)
+    tokens = int(batch["completion_mask"].sum())
+    for i, problem in enumerate(PROBLEMS):
+        b = data.collate([{"prompt": problem["prompt"]}], algo.tokenizer)
+        greedy = algo.model.generate(b["prompt_ids"], b["prompt_mask"], algo.task.max_new_tokens, 16, 17, temperature=0)
+        tokens += int(greedy.completion_mask.sum())
+        baseline = len(problem["prompt"]) * len(algo.tokenizer.decode(greedy.completion_ids[0].tolist()))
+        for row in range(4 * i, 4 * i + 4):
+            length = len(algo.tokenizer.decode(batch["completion_ids"][row][batch["completion_mask"][row]].tolist()))
+            assert batch["advantages"][row] == len(problem["prompt"]) * length - baseline
+    assert metrics["sampled_tokens"] == tokens
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_training_scores_what_sampling_drew(temperature):
+    """The log-probabilities that the sampler recorded are those of the training forward pass, temperature included."""
+    algo = make_grpo(temperature=temperature)
+    batch, _ = collect(algo)
+    samples = algo.model.generate(batch["prompt_ids"], batch["prompt_mask"], algo.task.max_new_tokens, 16, 17, 4, temperature,
+                                  generator=torch.Generator().manual_seed(0))
+    assert torch.equal(samples.completion_ids, batch["completion_ids"])                   # the same draw again
+    logprobs, _ = algo.logprobs(algo.model, batch)
+    assert same(logprobs * batch["completion_mask"], samples.logprobs, 1e-4)
+    logits = algo.model.completion_logits(*(batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids",
+                                                               "completion_mask", "prompt_index")))
+    ids = batch["completion_ids"][..., None]
+    assert same(logprobs, (logits / temperature).log_softmax(-1).gather(-1, ids)[..., 0], 1e-5)
+
+
+# -- GRPO: several updates on one batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+@pytest.mark.parametrize("flags", [dict(num_iterations=2), dict(num_minibatches=2), dict(num_iterations=3, beta=0.1)])
+def test_the_first_ratio_is_exactly_one(flags, micro_batch_size):
+    """pi_old is scored before anything moves, by the very forward pass that trains: the first ratio is 1 bit for bit; after
+    an update it is not; and pi_old stays the same in later passes (DeepSeekMath 2402.03300, algorithm 1)."""
+    algo = make_grpo(**flags)
+    algo.micro_batch_size = micro_batch_size
+    batch, _ = collect(algo)
+    optimizer = algo.model.configure_optimizer(1e-2, 0.0)
+    before, passes, old = [p.detach().clone() for p in algo.model.parameters()], [], []
+    for minibatch in algo.minibatches(batch):
+        old.append(minibatch["old_logprobs"].clone())
+        if not passes:
+            for micro in data.split(minibatch, micro_batch_size):
+                logprobs, mask = algo.logprobs(algo.model, micro)[0].detach(), micro["completion_mask"]
+                assert torch.equal(logprobs[mask], micro["old_logprobs"][mask])
+        metrics = {}
+        train.update(training_args(micro_batch_size=micro_batch_size), algo, algo.model, optimizer, minibatch, metrics)
+        passes.append(metrics["max_ratio"])
+    assert passes[0] == 1.0 and all(ratio > 1.0 for ratio in passes[1:])
+    parts = algo.config.num_minibatches
+    assert len(passes) == parts * algo.config.num_iterations
+    assert all(torch.equal(a, b) for a, b in zip(old, old[parts:]))
+    assert any(not torch.equal(a, b) for a, b in zip(before, algo.model.parameters()))
+
+
+def test_a_batch_used_once_needs_no_second_scoring(float64):
+    """With one update per batch the ratio is 1 by construction, and the gradient is that of a rescored batch."""
+    algo = make_grpo()
+    batch, _ = collect(algo)
+    [minibatch] = algo.minibatches(batch)
+    once = loss_and_gradient(algo, minibatch)
+    assert "old_logprobs" not in minibatch and once[2]["max_ratio"] == 1
+    rescored = loss_and_gradient(algo, {**minibatch, "old_logprobs": algo.rescore(algo.model, minibatch)})
+    assert same_results(once, rescored) and once[1].abs().max() > 1e-3
+
+
+def test_minibatches_keep_groups_together():
+    """num_minibatches 2 of 4 groups: the first takes prompts 0 and 1, the second 2 and 3, each row once; the weights of
+    each add up to 1 by themselves, since each is an update of its own."""
+    algo = make_grpo(num_minibatches=2, beta=0.1)                                         # beta: no row is left out
+    batch, _ = collect(algo)
+    parts = list(algo.minibatches(batch))
+    assert [len(part["advantages"]) for part in parts] == [8, 8]
+    assert torch.equal(torch.cat([part["advantages"] for part in parts]), batch["advantages"])
+    for part, prompts in zip(parts, (slice(0, 2), slice(2, 4))):
+        real = [row[mask].tolist() for row, mask in zip(part["prompt_ids"], part["prompt_mask"])]
+        assert real == [r[m].tolist() for r, m in zip(batch["prompt_ids"][prompts], batch["prompt_mask"][prompts])]
+        assert part["prompt_index"].tolist() == [0] * 4 + [1] * 4
+        assert float(part["weights"].sum()) == pytest.approx(1)
+
+
+# -- GRPO: the loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_first_loss_is_minus_the_averaged_advantage(float64, loss_type):
+    """At ratio 1 each token's loss is -A (cispo: -A log pi), so the loss is a sum of lengths and advantages that can be
+    written down; "why is my loss 0?" (docstring of grpo.py)."""
+    algo = make_grpo(loss_type=loss_type, advantage="reinforce", scale_rewards="none", reward=lambda p, c, **_: [
+        len(b) - 3.0 for b in c])
+    batch, _ = collect(algo)
+    [minibatch] = algo.minibatches(batch)
+    A, lengths = batch["advantages"], batch["completion_mask"].sum(-1).double()
+    logprobs = (algo.logprobs(algo.model, batch)[0].detach() * batch["completion_mask"]).sum(-1)
+    by_hand = {"grpo": -A.mean(), "dapo": -(A * lengths).sum() / lengths.sum(), "cispo": -(A * logprobs).sum() / lengths.sum(),
+               "dr_grpo": -(A * lengths).sum() / (16 * algo.task.max_new_tokens)}
+    assert A.unique().numel() > 3 and same(loss_and_gradient(algo, minibatch)[0], by_hand[loss_type])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rows_without_advantage_are_left_out_and_nothing_changes(float64, loss_type, level):
+    """A row whose advantage is 0 has no gradient: the minibatch lacks it, loss and gradient are those of the whole batch."""
+    algo = make_grpo(loss_type=loss_type, importance_sampling_level=level, num_iterations=2)
+    batch, _ = collect(algo)
+    minibatch = algo.minibatches(batch)[0]
+    kept = int((batch["advantages"] != 0).sum())
+    assert len(minibatch["advantages"]) == kept and 0 < kept <= 12
+    everything = {**batch, "weights": token_weights(batch["completion_mask"], loss_type, algo.task.max_new_tokens),
+                  "old_logprobs": algo.rescore(algo.model, batch)}
+    move(algo.model)
+    a, b = loss_and_gradient(algo, minibatch), loss_and_gradient(algo, everything)
+    assert same(a[0], b[0]) and same(a[1], b[1]) and a[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flags", [dict(beta=0.1), dict(entropy_coef=0.1)])
+def test_nothing_is_left_out_where_every_row_has_a_gradient(flags):
+    """KL and entropy act on rows without advantage too."""
+    algo = make_grpo(**flags)
+    [minibatch] = algo.minibatches(collect(algo)[0])
+    assert len(minibatch["advantages"]) == 16 and (minibatch["advantages"] == 0).any()
+
+
+def test_a_batch_without_any_advantage_changes_nothing():
+    """All groups flat: there is no minibatch, and the update leaves the weights as they are."""
+    algo = make_grpo(reward=lambda p, c, **_: [0.1] * len(p))
+    batch, metrics = collect(algo)
+    assert (batch["advantages"] == 0).all() and metrics["frac_reward_zero_std"] == (4, 4)
+    parts = list(algo.minibatches(batch))
+    before = copy.deepcopy(algo.model.state_dict())
+    optimizer = algo.model.configure_optimizer(1e-2, 0.0)
+    assert parts == [None] and train.update(training_args(), algo, algo.model, optimizer, parts[0], {}) == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in algo.model.state_dict().items())
+
+
+def test_truncated_answers_can_be_left_out():
+    """mask_truncated_completions: answers that ran out of tokens lose loss and weight, and the rest share the whole weight
+    (DAPO, 2503.14476, section 3.4). Their rewards still count in the group."""
+    algo, plain = make_grpo(mask_truncated_completions=True), make_grpo()
+    batch, _ = collect(algo)
+    whole, _ = collect(plain)
+    truncated = ~(whole["completion_ids"] == 16).any(-1)
+    assert 0 < truncated.sum() < 16 and torch.equal(batch["advantages"], whole["advantages"])
+    assert not batch["completion_mask"][truncated].any()
+    assert torch.equal(batch["completion_mask"][~truncated], whole["completion_mask"][~truncated])
+    [minibatch] = algo.minibatches(batch)
+    useful = ~truncated & (batch["advantages"] != 0)
+    assert len(minibatch["advantages"]) == useful.sum()
+    by_hand = batch["completion_mask"].sum(-1)[useful] / batch["completion_mask"].sum()   # dapo: every token the same
+    assert same(minibatch["weights"].sum(-1), by_hand, 1e-6)
+
+
+def test_kl_at_the_reference_is_zero_and_has_no_gradient(float64):
+    """k3 and its derivative vanish where policy and reference agree; elsewhere the logged KL is the token mean of k3 and
+    beta scales it into the loss. The reference is never trained."""
+    algo = make_grpo(beta=0.5)
+    batch, _ = collect(algo)
+    [minibatch] = algo.minibatches(batch)                                                 # the reference differs
+    reference = algo.rescore(algo.ref_model, minibatch)
+    mask, logprobs = minibatch["completion_mask"], algo.logprobs(algo.model, minibatch)[0].detach()
+    loss, grad, metrics = loss_and_gradient(algo, minibatch)
+    kl = k3(logprobs, reference)[mask]
+    assert metrics["kl"] == pytest.approx((kl.sum(), mask.sum())) and kl.mean() > 0.01
+    without = dict(loss_and_gradient=loss_and_gradient(make_grpo(), {**minibatch}))["loss_and_gradient"]
+    assert same(loss, without[0] + 0.5 * kl.mean()) and not same(grad, without[1], 1e-3)
+    assert all(p.grad is None for p in algo.ref_model.parameters())
+
+    algo.ref_model = copy.deepcopy(algo.model)
+    [minibatch] = algo.minibatches(batch)
+    loss, grad, metrics = loss_and_gradient(algo, minibatch)
+    assert metrics["kl"][0] == 0 and same(loss, without[0]) and same(grad, without[1])
+
+
+def test_entropy_is_logged_and_its_bonus_raises_it(float64):
+    """The metric is -sum p log p over the vocabulary, token by token, at the sampling temperature. With no advantage, a step
+    down the loss is a step up in entropy."""
+    algo = make_grpo(entropy_coef=0.1, temperature=0.7, reward=lambda p, c, **_: [1.0] * len(p))
+    move(algo.model, 0.3)                                                                 # away from the uniform distribution
+    [minibatch] = algo.minibatches(collect(algo)[0])
+    loss, grad, metrics = loss_and_gradient(algo, minibatch)
+    mask = minibatch["completion_mask"]
+    logits = algo.model.completion_logits(*(minibatch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids",
+                                                                   "completion_mask", "prompt_index")))
+    entropy = torch.distributions.Categorical(logits=logits[mask] / 0.7).entropy()
+    assert metrics["entropy"] == pytest.approx((entropy.sum().item(), len(entropy)))
+    assert same(loss, -0.1 * entropy.mean())
+    with torch.no_grad():
+        for p in algo.model.parameters():
+            p -= 0.1 * p.grad
+    after = loss_and_gradient(algo, minibatch)[2]["entropy"]
+    assert after[0] > metrics["entropy"][0] + 1e-3
+
+
+# -- GRPO: several rewards, and wrong settings ------------------------------------------------------------------------
+
+
+def test_rewards_are_weighted_and_logged_by_name():
+    """The total is the weighted sum of the reward functions; each is logged under its own name, unweighted."""
+    config = GRPOConfig(num_generations=4, reward="format,brevity,verifier", reward_weights="2,0.5,-1", scale_rewards="none")
+    algo = GRPO(config, tiny_model(), None, Letters(), data.Chain(2, 3))
+    batch, metrics = collect(algo)
+    texts = [algo.tokenizer.decode(ids) for ids in batch["completion_ids"].tolist()]
+    answers = [PROBLEMS[b // 4]["answer"] for b in range(16)]
+    format_, brevity = [float("=" in t) for t in texts], [-len(t) / algo.task.max_new_tokens for t in texts]
+    verifier = data.Chain.reward(None, texts, answers)
+    totals = [2 * f + 0.5 * b - v for f, b, v in zip(format_, brevity, verifier)]
+    for name, values in (("rewards/format/mean", format_), ("rewards/brevity/mean", brevity),
+                         ("rewards/verifier/mean", verifier), ("reward", totals)):
+        assert float(metrics[name][0]) == pytest.approx(sum(values), abs=1e-5) and metrics[name][1] == 16, name
+    centred = [total - statistics.mean(totals[b // 4 * 4:b // 4 * 4 + 4]) for b, total in enumerate(totals)]
+    assert same(batch["advantages"], centred, 1e-5) and sum(format_) > 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(reward="verifier,brevity", reward_weights="1"), "1 numbers"),
+    (dict(reward_weights="1,2"), "2 numbers"),
+    (dict(reward_weights="one"), "numbers separated by commas"),
+    (dict(reward="verifier,charm"), "charm is unknown"),
+    (dict(num_generations=1), "nothing to compare"),
+    (dict(num_generations=1, advantage="rloo", scale_rewards="none"), "nothing to compare"),
+    (dict(num_generations=1, advantage="reinforce"), "nothing to compare"),
+    (dict(num_generations=0), "at least 1"),
+    (dict(num_iterations=0), "at least 1"),
+    (dict(num_minibatches=0), "at least 1"),
+    (dict(temperature=0.0), "above 0"),
+])
+def test_wrong_settings_are_refused(flags, message):
+    """Each is an InputError that says what is wrong, before anything is sampled."""
+    with pytest.raises(InputError, match=message):
+        make_grpo(**flags)
+
+
+def test_epsilon_high_follows_epsilon():
+    """0 means the same as epsilon; any other value is its own."""
+    assert GRPOConfig(epsilon=0.1).epsilon_high == 0.1
+    assert GRPOConfig(epsilon=0.1, epsilon_high=0.3).epsilon_high == 0.3
+    assert GRPOConfig(num_generations=1, advantage="reinforce", scale_rewards="none").num_generations == 1
