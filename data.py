@@ -82,7 +82,7 @@ class Chain:
     """Arithmetic from left to right, modulo 10: `7+5*3=` is (7+5)*3 = 2*3 = 6.
 
     The right answer can be blurted out, `6`, or worked out, `7+5=2;2*3=6`; the reward looks at the last number alone.
-    A small transformer has no hope of doing four steps in its head, so that bare answers are right about one time in
+    A small transformer has no hope of doing three steps in its head, so that bare answers are right about one time in
     five, and every one of the steps is easy. The corpus is a textbook, in which everything is worked out, followed by
     everyday text, in which most answers are bare. Pre-training on the two in this order gives a base model that can
     work things out and seldom does: what reinforcement learning is good at changing.
@@ -93,7 +93,7 @@ class Chain:
     name, columns = "chain", ("answer",)
     operators, ood_operator = "+-*", ">"
 
-    def __init__(self, min_terms=3, max_terms=5):
+    def __init__(self, min_terms=3, max_terms=4):
         if not 2 <= min_terms <= max_terms:
             raise InputError(f"min_terms {min_terms} and max_terms {max_terms}: 2 <= min_terms <= max_terms is needed")
         self.min_terms, self.max_terms = min_terms, max_terms
@@ -123,12 +123,12 @@ class Chain:
         return {"prompt": problem["prompt"], "completion": problem["steps"], "answer": problem["answer"]}
 
     def corpus(self, size, seed):
-        """`size` documents to be read in this order: first half textbook, second half everyday text (30 % worked)."""
+        """`size` documents to be read in this order: three fifths textbook, then everyday text (30 % worked)."""
         rng = random.Random(f"chain corpus {seed}")
         documents = []
         for i in range(size):
             problem = self.problem(rng, "ood-train" if rng.random() < 0.07 else "train")
-            worked = i < size // 2 or rng.random() < 0.3
+            worked = i < 0.6 * size or rng.random() < 0.3
             documents.append(problem["prompt"] + (problem["steps"] if worked else problem["answer"]))
         return documents
 

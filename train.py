@@ -41,8 +41,8 @@ from grpo import GRPO
 from model import GPT, GPTConfig, InputError
 from sft import SFT
 
-PRETRAIN = dict(learning_rate=6e-3, max_steps=1600, batch_size=64, lr_scheduler_type="linear", warmup_steps=50,
-                weight_decay=0.1, logging_steps=100, eval_steps=400, save_steps=400)
+PRETRAIN = dict(learning_rate=6e-3, max_steps=2000, batch_size=64, lr_scheduler_type="linear", warmup_steps=50,
+                weight_decay=0.1, logging_steps=100, eval_steps=500, save_steps=500)
 ALGORITHMS = {"pretrain": SFT, "sft": SFT, "grpo": GRPO}
 
 # -- flags ------------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Task:
     """task and data"""
     task: Annotated[Literal["chain", "countdown"], "the built-in task"] = "chain"
     min_terms: Annotated[int, "chain: fewest terms in a problem (2 to 4)"] = 3
-    max_terms: Annotated[int, "chain: most terms in a problem (3 to 6)"] = 5
+    max_terms: Annotated[int, "chain: most terms in a problem (3 to 6)"] = 4
     data: Annotated[str, "a .jsonl file with text, or prompt and completion, or prompt and answer"] = None
     eval_data: Annotated[str, "held-out lines; none: one in ten of --data"] = None
     max_new_tokens: Annotated[int, "longest completion, in tokens; 0: the task's own"] = 0

@@ -29,18 +29,18 @@ def pytest_collection_modifyitems(config, items):
 
 def train(*flags, cwd, timeout=300, **kwargs):
     """Run `python train.py <flags>` in the folder cwd, as a person would. -> CompletedProcess with stdout and stderr"""
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, **kwargs)
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
 def run(*flags):
-    """The same in this process and in the current folder, which saves the start of Python. -> exit code, or InputError"""
+    """The same in this process and the current folder, which saves the start of Python. -> exit code, or InputError"""
     import train as module
     return module.run([str(flag) for flag in flags])
 
 
-SMALL = ("--min_terms", 2, "--max_terms", 3, "--eval_problems", 64)   # a setting of the chain task that learns in seconds
-TASK = ("--min_terms", 2, "--max_terms", 2, "--eval_problems", 16)    # the easiest setting, for runs of a few steps
+SMALL = ("--min_terms", 2, "--max_terms", 3, "--eval_problems", 64)   # a setting of the task that learns in seconds
+TASK = ("--min_terms", 2, "--max_terms", 2, "--eval_problems", 16)    # the easiest one, for runs of a few steps
 SHAPE = ("--n_embd", 16, "--n_layer", 1, "--n_head", 2)               # the smallest model worth running
 
 

@@ -212,10 +212,11 @@ def test_groups_do_not_see_each_other_but_a_batch_deviation_does():
 def test_a_group_of_equal_rewards_gets_exactly_zero(scale_rewards, advantage):
     """Seven rewards of 0.1 have, in float32, a mean that is not 0.1; divided by a deviation as tiny, the residue would
     be a full-sized advantage. The zero must be exact whatever advantage_eps."""
-    rewards = torch.tensor([[0.1] * 7, [0.1] * 6 + [1.0], [0.7] * 7])
-    assert (rewards[[0, 2]] != rewards[[0, 2]].mean(1, keepdim=True)).any()          # the residue is really there
-    found = grpo.group_advantages(rewards, advantage, scale_rewards, advantage_eps=1e-12)
-    assert (found[[0, 2]] == 0).all() and (found[1] != 0).all()
+    rewards = torch.tensor([[0.1] * 7, [0.1] * 6 + [1.0], [1.0] * 7])
+    assert (rewards[0] != rewards[0].mean()).all()                                   # the residue is really there
+    for advantage_eps in (1e-4, 1e-12, 0):
+        found = grpo.group_advantages(rewards, advantage, scale_rewards, advantage_eps=advantage_eps)
+        assert (found[[0, 2]] == 0).all() and (found[1] != 0).all()
 
 
 # -- ratios and clips -------------------------------------------------------------------------------------------------
