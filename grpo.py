@@ -33,6 +33,7 @@ Which flags make which published method (defaults otherwise; none of these is mo
     REINFORCE              --advantage reinforce --scale_rewards none --loss_type dr_grpo
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -69,6 +70,11 @@ class GRPOConfig:
         for name in ("num_generations", "num_iterations", "num_minibatches", "num_prompts"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
+        for name in ("epsilon", "epsilon_high", "beta", "advantage_eps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: a number of at least 0 is needed")
+        if self.std_correction not in (0, 1):
+            raise InputError(f"--std_correction {self.std_correction}: 1 (sample) or 0 (population) is needed")
         if self.temperature <= 0:
             raise InputError(f"--temperature {self.temperature}: training samples at a temperature above 0")
         if self.num_generations == 1 and (self.advantage in ("group", "rloo") or self.scale_rewards == "group"):
@@ -93,9 +99,9 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
     G = rewards.shape[1]
     flat = (rewards.max(1).values == rewards.min(1).values)[:, None]      # (P, 1)
     if advantage == "group":
-        centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(flat, 0)
+        centred = rewards - rewards.mean(1, keepdim=True)
     elif advantage == "rloo":   # R_i - mean of the others (2402.14740, eq. 8)
-        centred = (G / (G - 1) * (rewards - rewards.mean(1, keepdim=True))).masked_fill(flat, 0)
+        centred = G / (G - 1) * (rewards - rewards.mean(1, keepdim=True))
     elif advantage == "remax":  # 2310.10505, eq. 4
         centred = rewards - greedy_rewards[:, None]
     else:                       # REINFORCE without a baseline
@@ -104,7 +110,7 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
         centred = centred / (rewards.std(1, correction=std_correction, keepdim=True) + advantage_eps)
     elif scale_rewards == "batch":
         centred = centred / (rewards.std(correction=std_correction) + advantage_eps)
-    return centred
+    return centred.masked_fill(flat, 0) if advantage in ("group", "rloo") else centred
 
 
 def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2, epsilon_high=0.2, loss_type="grpo",
@@ -177,7 +183,9 @@ class GRPO:
         try:
             self.reward_weights = [float(w) for w in weights.split(",")]
         except ValueError:
-            raise InputError(f"--reward_weights {weights}: numbers separated by commas are needed") from None
+            self.reward_weights = [math.nan]
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise InputError(f"--reward_weights {weights}: numbers separated by commas are needed")
         if len(self.reward_weights) != len(self.reward_functions):
             raise InputError(f"--reward_weights has {len(self.reward_weights)} numbers, --reward {len(self.reward_functions)} names")
 

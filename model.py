@@ -50,6 +50,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.head_dim, self.n_hidden) < 0 or self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise InputError("head_dim and n_hidden must be at least 0, rope_theta and norm_eps above 0")
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -348,4 +350,5 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     cumulative = logprobs.exp().cumsum(-1)                            # (B, V)
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * (1 - 2 ** -23)  # never rounds up to 1
     token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)                  # (B, 1)
+    token = token.clamp(max=logits.shape[-1] - 1)                     # only logits of nan get here; the loss will show it
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)

@@ -37,6 +37,8 @@ class SFTConfig:
     def __post_init__(self):
         if self.num_demonstrations < 1:
             raise InputError(f"--num_demonstrations {self.num_demonstrations}: at least 1 is needed")
+        if self.num_documents < 0:
+            raise InputError(f"--num_documents {self.num_documents}: a number of at least 0 is needed")
 
 
 # -- pure functions ---------------------------------------------------------------------------------------------------

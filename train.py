@@ -22,8 +22,8 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import sys
 import time
@@ -184,8 +184,14 @@ def parse_args(argv):
     for name in ("max_steps", "batch_size", "logging_steps", "eval_steps", "save_steps", "eval_problems"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: at least 1 is needed")
-    if not args.learning_rate > 0:
-        raise InputError(f"--learning_rate {args.learning_rate}: a number above 0 is needed")
+    for name in ("max_minutes", "micro_batch_size", "max_new_tokens", "warmup_steps", "weight_decay", "max_grad_norm", "top_k", "seed", "base_seed"):
+        if not 0 <= getattr(args, name) < 2**40:
+            raise InputError(f"--{name} {getattr(args, name)}: a number from 0 to 2^40 is needed")
+    for name, low, high in (("learning_rate", 0, math.inf), ("top_p", 0, 1 + 1e-9), ("adam_beta2", -1e-9, 1)):
+        if not low < getattr(args, name) < high:
+            raise InputError(f"--{name} {getattr(args, name)} is out of range; --help says what is usual")
+    if algo == "pretrain" and args.init_from and not (args.eval_only or args.sample is not None):
+        raise InputError("--algo pretrain starts from random weights: leave out --init_from")
     if (args.top_k or args.top_p < 1) and not (args.eval_only or args.sample is not None):
         raise InputError("--top_k and --top_p are for --sample and --eval_only: training scores the whole distribution, "
                          "and what is sampled from a part of it would not be the policy's own")
@@ -198,6 +204,8 @@ def pick_device(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise InputError(f"--device {args.device} is unknown: use auto, cpu, cuda or mps")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.split(":")[0]):
         raise InputError(f"--device {args.device}: not available here; use --device cpu")
@@ -237,9 +245,9 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no checkpoint there") from None
-    except OSError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:   # the bytes of some other file can make the unpickler raise anything at all
         raise InputError(f"{path}: not a checkpoint of this project, or a truncated one ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= set(checkpoint):
         raise InputError(f"{path}: a PyTorch file, but not a checkpoint of this project (no 'model' and 'model_config')")
@@ -250,8 +258,10 @@ def build_model(args, checkpoint, key="model"):
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint[key])
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint's weights do not fit its own shape: {str(error).splitlines()[-1].strip()}") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError("the checkpoint's weights are not all finite: it was saved after training had blown up")
     model.skip_padding = args.device == "cpu"
     return model.to(args.device)
 
@@ -483,9 +493,9 @@ def data_name(args):
 def pretrain(args, config, shape, tokenizer, again):
     """Make the base model in args.out_dir, or go on making it. Returns its summary, or None if Ctrl-C stopped it."""
     path, checkpoint = os.path.join(args.out_dir, "ckpt.pt"), None
-    if os.path.exists(path):
+    if os.path.exists(path) or args.resume:
         checkpoint = read_checkpoint(path)
-        check_same_settings(args, checkpoint, path)
+        check_same_settings(args, shape, checkpoint, path)
     torch.manual_seed(args.seed)
     fresh = {"model_config": dataclasses.asdict(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape}))}
     fresh["model"] = GPT(GPTConfig(**fresh["model_config"])).state_dict()
@@ -494,9 +504,14 @@ def pretrain(args, config, shape, tokenizer, again):
     return train(args, config, model, None, tokenizer, task, again, checkpoint)
 
 
-def check_same_settings(args, checkpoint, path):
-    saved = checkpoint.get("settings", {})
-    for name, value in vars(args).items():
+def check_same_settings(args, shape, checkpoint, path):
+    """A run goes on with the settings with which it began, or not at all."""
+    missing = {"optimizer", "step", "counts", "before", "seconds", "random_states", "settings", "ref_model"} - set(checkpoint)
+    if missing:
+        raise InputError(f"{path} holds a model but no {sorted(missing)[0]}, and cannot be resumed; use --init_from {path}")
+    saved = {**checkpoint["settings"], **{name: checkpoint["model_config"][name] for name in shape}}
+    asked = dataclasses.asdict(GPTConfig(**{"vocab_size": checkpoint["model_config"]["vocab_size"], **shape}))
+    for name, value in {**vars(args), **{name: asked[name] for name in shape}}.items():
         if name not in WATCHING and name in saved and saved[name] != value:
             raise InputError(f"{path} was made with --{name} {saved[name]}, this command says {value}: "
                              "give the same flags to resume, or another --out_dir to start anew")
@@ -552,10 +567,8 @@ def run(argv):
     if args.resume:
         path = os.path.join(args.out_dir, "ckpt.pt")
         checkpoint = read_checkpoint(path)
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{path}: this checkpoint holds a model alone and cannot be resumed; use --init_from {path}")
-        args.init_from = args.init_from or checkpoint["settings"].get("init_from")
-        check_same_settings(args, checkpoint, path)
+        args.init_from = args.init_from or checkpoint.get("settings", {}).get("init_from")
+        check_same_settings(args, shape, checkpoint, path)
         tokenizer = data.Tokenizer(args.tokenizer)
         model, ref_model = build_model(args, checkpoint), build_model(args, checkpoint, "ref_model")
         if checkpoint["step"] >= args.max_steps and os.path.exists(os.path.join(args.out_dir, "summary.json")):

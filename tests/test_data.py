@@ -111,10 +111,10 @@ def test_rewards_are_given_row_by_row():
 
 
 def test_chain_corpus_is_a_textbook_and_then_everyday_text():
-    """The first half is all worked, the second about 30 %, every answer is right, one in fourteen has `>`."""
+    """The first three fifths are all worked, the rest about 30 %, every answer is right, one in fourteen has `>`."""
     task, corpus = Chain(), Chain().corpus(2000, seed=0)
     worked = [task.is_worked(prompt_of(d), after_equals(d)) for d in corpus]
-    assert all(worked[:1000]) and 0.25 < sum(worked[1000:]) / 1000 < 0.35
+    assert all(worked[:1200]) and 0.25 < sum(worked[1200:]) / 800 < 0.35
     assert 0.05 < sum(">" in d for d in corpus) / 2000 < 0.09
     for d in corpus:
         assert task.reward([prompt_of(d)], [after_equals(d)], [Chain.solve(prompt_of(d))["answer"]]) == [1.0]
@@ -435,7 +435,7 @@ def test_reward_functions():
     prompts, texts = ["7+5*3="] * 3, ["6", "7+5=2;2*3=7", ""]
     results = {name: f(prompts, texts, answer=["6"] * 3) for name, f in functions.items()}
     assert results["verifier"] == [1, 0, 0] and results["format"] == [0, 1, 0]
-    assert task.max_new_tokens == 28 and results["brevity"] == [-1 / 28, -11 / 28, 0]
+    assert task.max_new_tokens == 22 and results["brevity"] == [-1 / 22, -11 / 22, 0]
 
 
 @pytest.mark.parametrize("task, names", [(Chain(), "verifier,nonsense"), (Chain(), ""), (Countdown(), "format")])

@@ -14,7 +14,7 @@ import torch
 
 import data
 import train
-from grpo import GRPO, GRPOConfig, k3, token_weights
+from grpo import GRPO, GRPOConfig, group_advantages, k3, policy_loss, token_weights
 from model import GPT, GPTConfig, InputError
 from sft import SFT, SFTConfig
 
@@ -278,7 +278,7 @@ def test_the_verifier_gets_the_answer_of_the_row():
 def test_remax_compares_with_the_greedy_answer():
     """A = R - R(greedy answer to the same prompt) (2310.10505, eq. 4); the greedy tokens count as sampled."""
     def evenness(prompts, completions, **columns):
-        return [len(p) * len(c) for p, c in zip(prompts, completions)]
+        return [float(len(p) * len(c)) for p, c in zip(prompts, completions)]
     algo = make_grpo(evenness, advantage="remax", scale_rewards="none")
     batch, metrics = collect(algo)
     tokens = int(batch["completion_mask"].sum())
@@ -391,6 +391,35 @@ def test_the_first_loss_is_minus_the_averaged_advantage(float64, loss_type):
     by_hand = {"grpo": -A.mean(), "dr_grpo": -(A * lengths).sum() / (16 * algo.task.max_new_tokens),
                "dapo": -(A * lengths).sum() / lengths.sum(), "cispo": -(A * logprobs).sum() / lengths.sum()}
     assert A.unique().numel() > 3 and same(loss_and_gradient(algo, minibatch)[0], by_hand[loss_type])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_settings_reach_the_loss(float64, loss_type, level):
+    """Off the sampling policy, the class's loss is policy_loss with the configured clip, ratio and aggregation."""
+    algo = make_grpo(loss_type=loss_type, importance_sampling_level=level, epsilon=0.1, epsilon_high=0.4,
+                     num_iterations=2)
+    minibatch = algo.minibatches(collect(algo)[0])[0]
+    move(algo.model)
+    logprobs, mask = algo.logprobs(algo.model, minibatch)[0], minibatch["completion_mask"]
+    losses, ratio, clipped = policy_loss(logprobs, minibatch["old_logprobs"], minibatch["advantages"], mask, 0.1, 0.4,
+                                         loss_type, level)
+    loss, _, metrics = loss_and_gradient(algo, minibatch)
+    assert same(loss, (losses * minibatch["weights"]).sum())
+    assert metrics["max_ratio"] == pytest.approx(ratio[mask].max().item()) != 1
+    assert metrics["clip_ratio"][0] == clipped.sum() > 0
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(advantage="rloo"), dict(scale_rewards="batch"), dict(scale_rewards="none"), dict(std_correction=0),
+    dict(advantage="reinforce", scale_rewards="none"), dict(advantage_eps=0.5)])
+def test_settings_reach_the_advantages(flags):
+    """The batch's advantages are group_advantages of its rewards with the configured baseline and scale."""
+    algo = make_grpo(**flags)
+    batch, _ = collect(algo)
+    texts = [algo.tokenizer.decode(ids) for ids in batch["completion_ids"].tolist()]
+    rewards = torch.tensor(coin([p["prompt"] for p in PROBLEMS for _ in range(4)], texts)).view(4, 4)
+    assert same(batch["advantages"].view(4, 4), group_advantages(rewards, **flags), 1e-6)
 
 
 @pytest.mark.parametrize("level", LEVELS)

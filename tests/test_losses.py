@@ -211,12 +211,16 @@ def test_groups_do_not_see_each_other_but_a_batch_deviation_does():
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_a_group_of_equal_rewards_gets_exactly_zero(scale_rewards, advantage):
     """Seven rewards of 0.1 have, in float32, a mean that is not 0.1; divided by a deviation as tiny, the residue would
-    be a full-sized advantage. The zero must be exact whatever advantage_eps."""
-    rewards = torch.tensor([[0.1] * 7, [0.1] * 6 + [1.0], [1.0] * 7])
-    assert (rewards[0] != rewards[0].mean()).all()                                   # the residue is really there
+    be a full-sized advantage. The zero must be exact, whatever advantage_eps and however many the rewards."""
+    flags = dict(advantage=advantage, scale_rewards=scale_rewards)
+    equal = [torch.full((1, G), 0.1) for G in range(3, 34)]
+    assert any(((r != r.mean(1)) & (r.std(1) != 0)).all() for r in equal)            # the residue is really there
     for advantage_eps in (1e-4, 1e-12, 0):
-        found = grpo.group_advantages(rewards, advantage, scale_rewards, advantage_eps=advantage_eps)
-        assert (found[[0, 2]] == 0).all() and (found[1] != 0).all()
+        for rewards in equal:
+            assert (grpo.group_advantages(rewards, **flags, advantage_eps=advantage_eps) == 0).all()
+        rewards = torch.tensor([[0.1] * 7, [0.1] * 6 + [1.0]])                       # only the first group is flat
+        mixed = grpo.group_advantages(rewards, **flags, advantage_eps=advantage_eps)
+        assert (mixed[0] == 0).all() and (mixed[1] != 0).all()
 
 
 # -- ratios and clips -------------------------------------------------------------------------------------------------
