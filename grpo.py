@@ -80,6 +80,9 @@ class GRPOConfig:
         if self.num_generations == 1 and (self.advantage in ("group", "rloo") or self.scale_rewards == "group"):
             raise InputError("--num_generations 1 leaves a group nothing to compare with: raise it, or use "
                              "--advantage reinforce (or remax) with --scale_rewards none (or batch)")
+        if self.advantage in ("remax", "reinforce") and self.scale_rewards == "group":
+            raise InputError(f"--advantage {self.advantage} needs --scale_rewards none or batch: without the group's mean, a group "
+                             "of equal rewards would be divided by a deviation of 0")
         self.epsilon_high = self.epsilon_high or self.epsilon
 
 
@@ -93,7 +96,7 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
     Worked example, rewards [1, 0, 0, 0]: mean 1/4; minus the mean [.75, -.25, -.25, -.25]; sample standard deviation
     .5; advantages [1.5, -.5, -.5, -.5]. RLOO compares with the other three: [1, -1/3, -1/3, -1/3], 4/3 of the above.
 
-    A group whose rewards are all equal teaches nothing and gets exactly 0. It is recognised by max = min: the mean of
+    For group and rloo, a group whose rewards are all equal teaches nothing and gets exactly 0. It is recognised by max = min: the mean of
     equal floats need not be that float, and a residue of 1e-9 over a deviation of 1e-9 would be a full-sized advantage.
     """
     G = rewards.shape[1]
@@ -109,7 +112,7 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
     if scale_rewards == "group":
         centred = centred / (rewards.std(1, correction=std_correction, keepdim=True) + advantage_eps)
     elif scale_rewards == "batch":
-        centred = centred / (rewards.std(correction=std_correction) + advantage_eps)
+        centred = centred / ((rewards.std(correction=std_correction) if rewards.numel() > 1 else 0) + advantage_eps)
     return centred.masked_fill(flat, 0) if advantage in ("group", "rloo") else centred
 
 

@@ -179,6 +179,7 @@ def finish(args, summary, task=None, problems=(), pairs=None):
     """The end of a run: table, three problems answered before and after, files, what to try next."""
     if task is not None and summary["after"]:
         print("\n" + table([("before", summary["before"]), ("after", summary["after"])], task))
+    if pairs is not None:
         width = max([len("before")] + [len(text) for text in pairs[0][2]]) + 3
         print(f"\n{'problem (greedy answers)':<26}{'before':<{width}}    after")
         for problem, was, w0, now, w1 in zip(problems, pairs[0][2], pairs[0][3].flatten(), pairs[1][2], pairs[1][3].flatten()):
@@ -193,7 +194,7 @@ def finish(args, summary, task=None, problems=(), pairs=None):
     else:
         flags = "" if args.data is None else f" --data {args.data}"
         other = "sft" if args.algo == "grpo" else "grpo"
-        print(f"next:  python train.py --init_from {args.out_dir} --sample \"{problems[0]['prompt'] if problems else 'text'}\"\n"
+        print(f"next:  python train.py --init_from {args.out_dir} --sample \"{problems[0].get('prompt', 'text') if problems else 'text'}\"\n"
               f"       python train.py --algo {other}{flags}\n"
               f"       python train.py --algo grpo --num_iterations 2{flags}      # see the ratio move")
 

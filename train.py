@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -403,6 +404,9 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
             try:
                 for minibatch in minibatches:
                     trained += update(args, algo, model, optimizer, minibatch, totals)
+                if step + 1 == args.max_steps or (step + 1) % args.save_steps == 0:   # never save, or end with, what has blown up
+                    if not all(p.isfinite().all() for p in model.parameters()):
+                        raise FloatingPointError
             except FloatingPointError:
                 raise InputError(f"the loss or its gradient is not finite at step {step + 1}; the last good checkpoint is "
                                  f"{path + f' (step {saved_at})' if saved_at is not None else 'the one that the run started from'}: "
@@ -517,14 +521,23 @@ def check_same_settings(args, shape, checkpoint, path):
                              "give the same flags to resume, or another --out_dir to start anew")
 
 
+def is_finished(args):
+    """Whether the run in args.out_dir got to its last step and summed up. --max_minutes may have ended it earlier."""
+    path = os.path.join(args.out_dir, "summary.json")
+    if not os.path.exists(path):
+        return False
+    with open(path) as file:
+        return json.load(file)["steps"] >= args.max_steps
+
+
 def ensure_base(args, shape, tokenizer, argv):
     """The folder of the base model, made first if need be, and the seconds that making it took; (None, 0) on Ctrl-C."""
     base_args, base_config, _ = parse_args(base_command(args, shape))
     base_args.out_dir = base_dir(base_args, shape)
     summary_path = os.path.join(base_args.out_dir, "summary.json")
-    if not os.path.exists(summary_path):
+    if not is_finished(base_args):
         print(f"No base model in {base_args.out_dir} yet: pre-training one first (once; every algorithm starts from it).", flush=True)
-        summary = pretrain(base_args, base_config, shape, tokenizer, f"python train.py {' '.join(argv)}")
+        summary = pretrain(base_args, base_config, shape, tokenizer, f"python train.py {shlex.join(argv)}")
         if summary is None:
             return None, 0.0
         print(report.base_line(summary, base_args.out_dir), flush=True)
@@ -547,14 +560,14 @@ def run(argv):
     """Parse the command line and do what it says. Returns the exit code."""
     args, config, shape = parse_args(argv)
     pick_device(args)
-    command = f"python train.py {' '.join(argv)}"
+    again = f"python train.py {shlex.join(argv if args.resume else argv + ['--resume'])}"
     if args.algo == "pretrain" and not (args.eval_only or args.sample is not None):
         tokenizer = data.Tokenizer(args.tokenizer)
         args.out_dir = args.out_dir or base_dir(args, shape)
-        if os.path.exists(os.path.join(args.out_dir, "summary.json")):
+        if is_finished(args):
             print(f"{args.out_dir} already holds this base model; delete the folder to make it again")
             return 0
-        summary = pretrain(args, config, shape, tokenizer, command)
+        summary = pretrain(args, config, shape, tokenizer, again)
         if summary is None:
             return 130
         print(report.base_line(summary, args.out_dir))
@@ -571,7 +584,7 @@ def run(argv):
         check_same_settings(args, shape, checkpoint, path)
         tokenizer = data.Tokenizer(args.tokenizer)
         model, ref_model = build_model(args, checkpoint), build_model(args, checkpoint, "ref_model")
-        if checkpoint["step"] >= args.max_steps and os.path.exists(os.path.join(args.out_dir, "summary.json")):
+        if is_finished(args):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
         print(f"Resuming {args.out_dir} at step {checkpoint['step']} of {args.max_steps}", flush=True)
@@ -600,13 +613,13 @@ def run(argv):
         return 0
     if checkpoint is None:
         keep_earlier_run(args.out_dir)
-    again = command if args.resume else command + " --resume"
     print(report.opening(args, model, task), flush=True)
     summary = train(args, config, model, ref_model, tokenizer, task, again, checkpoint, pretrain_seconds)
     if summary is None:
         return 130
-    examples = data.problems(task, "test", 3, args.seed)
-    pairs = [report.answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)] if summary["after"] else None
+    examples, pairs = data.problems(task, "test", 3, args.seed), None
+    if "eval/accuracy" in summary["after"]:
+        pairs = [report.answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)]
     report.finish(args, summary, task, examples, pairs)
     return 0
 

@@ -215,6 +215,7 @@ FOREIGN = {
     "a list": (lambda c: [1, 2, 3], "not a checkpoint of this project"),
     "a plain state dict": (lambda c: c["model"], "no 'model' and 'model_config'"),
     "a whole module": (lambda c: torch.nn.Linear(2, 2), "not a checkpoint of this project"),
+    "weights without a shape": (lambda c: c.pop("model_config") and None, "no 'model' and 'model_config'"),
     "another shape": (lambda c: c["model_config"].update(n_embd=32), "do not fit its own shape"),
     "a layer too many": (lambda c: c["model_config"].update(n_layer=2), "do not fit its own shape"),
     "an unknown setting": (lambda c: c["model_config"].update(n_experts=8), "do not fit its own shape"),

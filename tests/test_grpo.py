@@ -111,12 +111,11 @@ def training_args(**flags):
 
 
 def padded(batch, left=3, right=2):
-    """The batch with more padding: columns left of the prompts and right of the completions, full of real token ids."""
-    widened = {}
-    for name in batch.keys() & {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "weights",
-                                "old_logprobs", "ref_logprobs"}:
-        columns = (left, 0) if name.startswith("prompt") else (0, right)
-        widened[name] = torch.nn.functional.pad(batch[name], columns, value=5 if name.endswith("ids") else 0)
+    """The batch with more padding, left of the prompts and right of the completions, full of misleading values."""
+    values = {"prompt_ids": 5, "prompt_mask": False, "completion_ids": 5, "completion_mask": False, "weights": 0,
+              "old_logprobs": -50, "ref_logprobs": -50}
+    widened = {name: torch.nn.functional.pad(batch[name], (left, 0) if name.startswith("prompt") else (0, right),
+                                             value=value) for name, value in values.items() if name in batch}
     return {**batch, **widened}
 
 
