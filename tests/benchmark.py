@@ -64,8 +64,9 @@ def main():
     rate = 2 * n**3 / median_seconds(lambda: a @ a, args.repeats, device)
     print(f"matrix rate {rate / 1e9:,.0f} GFLOP/s ({n} x {n}, {args.dtype}, {torch.get_num_threads()} threads)")
 
-    heads = args.width // (16 if args.width <= 128 else 64)
-    model = GPT(GPTConfig(n_layer=args.layers, n_embd=args.width, n_head=heads, block_size=max(128, args.seq_len + 1))).to(device)
+    heads = args.width // (32 if args.width <= 128 else 64)
+    model = GPT(GPTConfig(n_layer=args.layers, n_embd=args.width, n_head=heads, qk_norm=False, n_hidden=int(args.width * 8 / 3 / 32) * 32,
+                          block_size=max(128, args.seq_len + 1))).to(device)
     model.skip_padding = device == "cpu"
     if args.compile:
         model.completion_logits = torch.compile(model.completion_logits, dynamic=True)
