@@ -32,6 +32,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # before torch: large memory pages, a tenth off a step on Linux CPUs
+
 import numpy
 import torch
 from tqdm import tqdm

@@ -20,11 +20,11 @@ import sys
 import time
 import types
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import train   # before torch: it asks for large memory pages
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
-import train
 from grpo import GRPO, GRPOConfig
 from model import GPT, GPTConfig
 from sft import SFT, SFTConfig
