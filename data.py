@@ -90,7 +90,7 @@ class Chain:
     `ood` problems contain `>`, the larger of two digits: `7+5>3=`. One document in fourteen has it, post-training none.
     They measure whether a way of post-training carries the new habit over to them or overwrites what was known of them.
     """
-    name, columns = "chain", ("answer",)
+    name, columns, learned_reward = "chain", ("answer",), None
     operators, ood_operator = "+-*", ">"
 
     def __init__(self, min_terms=3, max_terms=4):
@@ -135,7 +135,11 @@ class Chain:
     @staticmethod
     def reward(prompts, completions, answer, **columns):
         """1.0 where the completion's last `;` and `=` are followed by the answer and nothing else. -> list of floats"""
-        return [float(re.split("[;=]", c)[-1] == a) for c, a in zip(completions, answer)]
+        return [float(Chain.final_answer(c) == a) for c, a in zip(completions, answer)]
+
+    @staticmethod
+    def final_answer(completion):
+        return re.split("[;=]", completion)[-1]
 
     @staticmethod
     def is_worked(prompt, completion):
@@ -152,7 +156,7 @@ class Countdown:
     Many answers are right, and any is rewarded. A completion is parsed by `value` below; nothing is ever handed to eval.
     `ood` problems have targets above 40, which the corpus contains and post-training never sees.
     """
-    name, columns = "countdown", ("numbers", "target")
+    name, columns, learned_reward = "countdown", ("numbers", "target"), None
     max_new_tokens = 12
     is_worked = None                                       # there are no steps to show
 
@@ -187,6 +191,10 @@ class Countdown:
         """1.0 where the completion uses exactly the given numbers and its value is the target. -> list of floats"""
         return [float(value(c) == t and sorted(map(int, re.findall(r"\d+", c))) == sorted(n))
                 for c, n, t in zip(completions, numbers, target)]
+
+    @staticmethod
+    def final_answer(completion):
+        return value(completion)
 
     def chance(self, k):
         """pass@k of writing down random expressions of the right numbers, measured on 300 held-out problems."""
@@ -253,7 +261,7 @@ class JsonLines:
 
     Where `eval_path` is not given, one line in ten is held out by the hash of its prompt.
     """
-    is_worked = None
+    is_worked = learned_reward = None
 
     def __init__(self, path, eval_path=None, max_new_tokens=32):
         self.name = self.name_of(path)
@@ -295,6 +303,10 @@ class JsonLines:
         """1.0 where the completion's last number equals the answer's last number, as in GSM8K. -> list of floats"""
         return [float(last_number(c) is not None and last_number(c) == last_number(str(a)))
                 for c, a in zip(completions, answer)]
+
+    @staticmethod
+    def final_answer(completion):
+        return last_number(completion)
 
     def chance(self, k):
         return None                                        # nobody knows what guessing earns on somebody's file
@@ -379,15 +391,80 @@ def brevity(prompts, completions, max_new_tokens, **columns):
     return [-len(c) / max_new_tokens for c in completions]
 
 
+def majority(task, prompts, completions):
+    """1.0 where the final answer is the commonest one among the batch's answers to the same prompt: no label is needed
+    (self-consistency, 2203.11171; as a reward, TTRL, 2504.16084). `6 6 4` -> [1, 1, 0]; of equally common ones, the first."""
+    votes = {}
+    for prompt, completion in zip(prompts, completions):
+        votes.setdefault(prompt, []).append(task.final_answer(completion))
+    winners = {prompt: max(answers, key=answers.count) for prompt, answers in votes.items()}
+    return [float(task.final_answer(c) == winners[p]) for p, c in zip(prompts, completions)]
+
+
 def reward_functions(task, names):
-    """{name: function} for a comma-separated list: `verifier` (the task's own), `format` (shows its steps), `brevity`."""
-    known = {"verifier": task.reward, "brevity": lambda p, c, **columns: brevity(p, c, task.max_new_tokens)}
+    """{name: function} for a comma-separated list: `verifier` (the task's own), `model` (learned, see rm.py), `majority`,
+    `format` (shows its steps), `brevity`. Each has the signature reward(prompts, completions, **columns) -> list[float]."""
+    known = {"verifier": task.reward, "majority": lambda p, c, **columns: majority(task, p, c),
+             "brevity": lambda p, c, **columns: brevity(p, c, task.max_new_tokens)}
     if task.is_worked:
         known["format"] = lambda p, c, **columns: [float(task.is_worked(a, b)) for a, b in zip(p, c)]
+    if task.learned_reward:
+        known["model"] = task.learned_reward
     for name in names.split(","):
         if name not in known:
             raise InputError(f"--reward {name} is unknown for {task.name}: use one or more of {', '.join(known)}")
     return {name: known[name] for name in names.split(",")}
+
+
+class Rewards:
+    """The weighted sum of reward functions: names `verifier,brevity` and weights `1,0.2`; no weights: 1 each."""
+
+    def __init__(self, task, names, weights=""):
+        self.task, self.functions = task, reward_functions(task, names)
+        weights = weights or ",".join("1" for _ in self.functions)
+        try:
+            self.weights = [float(w) for w in weights.split(",")]
+        except ValueError:
+            self.weights = [math.nan]
+        if not all(map(math.isfinite, self.weights)):
+            raise InputError(f"--reward_weights {weights}: numbers separated by commas are needed")
+        if len(self.weights) != len(self.functions):
+            raise InputError(f"--reward_weights has {len(self.weights)} numbers, --reward {len(self.functions)} names")
+
+    def __call__(self, examples, completions):
+        """Examples and completions, one a row -> the total (B,) and each reward by name {name: (B,)}. What the verifier
+        says is always among them, trained on or not, under the name true_reward: over-optimisation shows in the gap."""
+        columns = {name: [e[name] for e in examples] for name in self.task.columns}
+        prompts = [e["prompt"] for e in examples]
+        each = {name: torch.tensor(f(prompts, completions, **columns)) for name, f in self.functions.items()}
+        total = sum(w * r for w, r in zip(self.weights, each.values()))
+        if "verifier" not in each and not (isinstance(self.task, JsonLines) and "answer" not in columns):
+            each["true_reward"] = torch.tensor(self.task.reward(prompts, completions, **columns))
+        return total, each
+
+
+# -- answers of a policy's own ----------------------------------------------------------------------------------------
+
+
+def rollout(model, tokenizer, task, rewards, examples, num_generations=1, temperature=1.0, generator=None):
+    """Sample num_generations answers to every example's prompt and judge them by `rewards`, a Rewards.
+
+    Returns a batch as collate makes it, its B rows in groups, example by example, with two more fields, rewards (B,) and
+    truncated (B,), and {name: (sum, count)} for the log.
+    """
+    prompts = collate([{"prompt": e["prompt"]} for e in examples], tokenizer, model.device)
+    samples = model.generate(prompts["prompt_ids"], prompts["prompt_mask"], task.max_new_tokens, tokenizer.eos_id,
+                             tokenizer.pad_id, num_generations, temperature, generator=generator)
+    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
+    total, each = rewards([e for e in examples for _ in range(num_generations)], texts)
+    lengths = samples.completion_mask.sum(-1)                                             # (B,)
+    metrics = {"reward": (total.sum(), len(total)), "completions/mean_length": (lengths.sum(), len(lengths)),
+               "completions/clipped_ratio": (samples.truncated.sum(), len(lengths)), "sampled_tokens": lengths.sum()}
+    for name, reward in each.items():
+        metrics[name if name == "true_reward" else f"rewards/{name}/mean"] = (reward.sum(), len(reward))
+    prompt_index = torch.arange(len(examples), device=model.device).repeat_interleave(num_generations)
+    return {**prompts, "completion_ids": samples.completion_ids, "completion_mask": samples.completion_mask,
+            "prompt_index": prompt_index, "rewards": total.to(model.device), "truncated": samples.truncated}, metrics
 
 
 # -- batches: dicts of tensors ----------------------------------------------------------------------------------------
@@ -426,9 +503,11 @@ def take_rows(batch, rows):
     return {**taken, "prompt_index": prompt_index}
 
 
-def split(batch, size):
-    """The batch in micro-batches of at most `size` rows; 0: the batch as it is."""
+def split(batch, size, rows_together=1):
+    """The batch in micro-batches of at most `size` rows; 0: the batch as it is. rows_together: how many rows that follow
+    each other may not be parted (2 for preference pairs)."""
     rows = torch.arange(len(batch["prompt_index"]), device=batch["prompt_index"].device)
+    size = size and max(size // rows_together, 1) * rows_together
     return [take_rows(batch, part) for part in rows.split(size)] if 0 < size < len(rows) else [batch]
 
 

@@ -33,7 +33,6 @@ Which flags make which published method (defaults otherwise; none of these is mo
     REINFORCE              --advantage reinforce --scale_rewards none --loss_type dr_grpo
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,7 +47,7 @@ from model import InputError
 class GRPOConfig:
     num_generations: Annotated[int, "answers per prompt, the group (4 to 64)"] = 16
     temperature: Annotated[float, "of sampling and, equally, of scoring (0.7 to 1.2)"] = 1.0
-    reward: Annotated[str, "reward functions, comma-separated: verifier, format, brevity"] = "verifier"
+    reward: Annotated[str, "reward functions, comma-separated: verifier, model, majority, format, brevity"] = "verifier"
     reward_weights: Annotated[str, "their weights, comma-separated; empty: 1 each"] = ""
     advantage: Annotated[Literal["group", "rloo", "remax", "reinforce"],
                          "baseline: the group's mean, the others' mean, the greedy answer's reward, none"] = "group"
@@ -174,72 +173,47 @@ def token_weights(completion_mask, loss_type="grpo", max_completion_length=None)
 
 class GRPO:
     Config = GRPOConfig
-    samples = True               # trains on its own samples
     micro_batch_size = 0         # set by the loop: rows per forward pass, 0: all
+    rows_together = 1            # each row's loss stands alone once its advantage is known
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
+    legend = "The loss is no measure of progress: at ratio 1 it is minus the mean advantage, 0 but for the weights of the tokens."
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
-        self.reward_functions = data.reward_functions(task, config.reward)
-        weights = config.reward_weights or ",".join("1" for _ in self.reward_functions)
-        try:
-            self.reward_weights = [float(w) for w in weights.split(",")]
-        except ValueError:
-            self.reward_weights = [math.nan]
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise InputError(f"--reward_weights {weights}: numbers separated by commas are needed")
-        if len(self.reward_weights) != len(self.reward_functions):
-            raise InputError(f"--reward_weights has {len(self.reward_weights)} numbers, --reward {len(self.reward_functions)} names")
+        self.networks, self.frozen = {"model": model}, {"ref_model": ref_model}    # trained; kept as they are
+        self.rewards = data.Rewards(task, config.reward, config.reward_weights)
+        if config.num_iterations * config.num_minibatches == 1:
+            self.legend += "\nThe ratio is exactly 1 because each batch is used for one update (--num_iterations 2 makes it move)."
+
+    @staticmethod
+    def columns(config):
+        """What a line of --data must have."""
+        return ("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)
 
     def examples(self, seed):
         """What the loop draws batches from: problems. Nobody shows how to solve them."""
         return data.problems(self.task, "train", self.config.num_prompts, seed)
 
-    def score(self, examples, samples, num_generations):
-        """{reward name: (B,) tensor}. Row b answers example b // num_generations."""
-        repeated = [e for e in examples for _ in range(num_generations)]
-        columns = {name: [e[name] for e in repeated] for name in self.task.columns}
-        texts = [self.tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
-        return {name: torch.tensor(f([e["prompt"] for e in repeated], texts, **columns), device=self.model.device)
-                for name, f in self.reward_functions.items()}
-
-    def total(self, rewards):
-        return sum(w * r for w, r in zip(self.reward_weights, rewards.values()))
-
-    def collect(self, examples, generator):
+    def collect(self, examples, generator, step=0):
         """Sample a group of answers to every prompt, reward them, and turn rewards into advantages."""
         config, G = self.config, self.config.num_generations
-        prompts = data.collate([{"prompt": e["prompt"]} for e in examples], self.tokenizer, self.model.device)
-        limits = (self.task.max_new_tokens, self.tokenizer.eos_id, self.tokenizer.pad_id)
-        samples = self.model.generate(prompts["prompt_ids"], prompts["prompt_mask"], *limits, num_generations=G,
-                                      temperature=config.temperature, generator=generator)
-        rewards = self.score(examples, samples, G)
-        total = self.total(rewards).view(-1, G)                                           # (P, G)
-        sampled_tokens, greedy_rewards = samples.completion_mask.sum(), None
+        batch, metrics = data.rollout(self.model, self.tokenizer, self.task, self.rewards, examples, G, config.temperature, generator)
+        rewards, greedy_rewards = batch.pop("rewards").view(-1, G), None                  # (P, G)
         if config.advantage == "remax":
-            greedy = self.model.generate(prompts["prompt_ids"], prompts["prompt_mask"], *limits, temperature=0)
-            greedy_rewards = self.total(self.score(examples, greedy, 1))                  # (P,)
-            sampled_tokens = sampled_tokens + greedy.completion_mask.sum()
-        advantages = group_advantages(total, config.advantage, config.scale_rewards, config.std_correction,
+            greedy, more = data.rollout(self.model, self.tokenizer, self.task, self.rewards, examples, 1, temperature=0)
+            greedy_rewards = greedy["rewards"]                                            # (P,)
+            metrics["sampled_tokens"] = metrics["sampled_tokens"] + more["sampled_tokens"]
+        advantages = group_advantages(rewards, config.advantage, config.scale_rewards, config.std_correction,
                                       config.advantage_eps, greedy_rewards)
-
-        mask = samples.completion_mask
-        lengths = mask.sum(-1).float()                                                    # (B,)
-        flat = total.max(1).values == total.min(1).values                                 # (P,)
-        metrics = {"reward": (total.sum(), total.numel()), "frac_reward_zero_std": (flat.sum(), len(flat)),
-                   "completions/mean_length": (lengths.sum(), len(lengths)),
-                   "completions/clipped_ratio": (samples.truncated.sum(), len(lengths)),
-                   "sampled_tokens": sampled_tokens}
+        flat = rewards.max(1).values == rewards.min(1).values                             # (P,)
+        metrics["frac_reward_zero_std"] = (flat.sum(), len(flat))
         if G > 1:
-            metrics["reward_std"] = (total.std(1).sum(), len(total))
-        for name, reward in rewards.items():
-            metrics[f"rewards/{name}/mean"] = (reward.sum(), len(reward))
+            metrics["reward_std"] = (rewards.std(1).sum(), len(rewards))
+        truncated = batch.pop("truncated")
         if config.mask_truncated_completions:
-            mask = mask & ~samples.truncated[:, None]
-        prompt_index = torch.arange(len(examples), device=mask.device).repeat_interleave(G)   # group by group
-        return {**prompts, "completion_ids": samples.completion_ids, "completion_mask": mask,
-                "prompt_index": prompt_index, "advantages": advantages.flatten()}, metrics
+            batch["completion_mask"] = batch["completion_mask"] & ~truncated[:, None]
+        return {**batch, "advantages": advantages.flatten()}, metrics
 
     def minibatches(self, batch):
         """The updates to make on a batch: num_iterations passes over num_minibatches parts, whole groups together.

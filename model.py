@@ -319,11 +319,11 @@ class GPT(nn.Module):
         N = self.num_parameters() - (0 if self.config.tie_embeddings else self.embed_tokens.weight.numel())
         return 6 * N + 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * T
 
-    def configure_optimizer(self, learning_rate, weight_decay, betas=(0.9, 0.95), eps=1e-8):
-        """AdamW that decays matrices and leaves norms and biases alone."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        rest = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    def configure_optimizer(self, learning_rate, weight_decay, betas=(0.9, 0.95), eps=1e-8, others=()):
+        """AdamW for this network, and others beside it, that decays matrices and leaves norms and biases alone."""
+        parameters = [p for network in (self, *others) for p in network.parameters()]
+        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 

@@ -6,6 +6,7 @@ answered before and after, the picture. train.py stays the loop and its flags.
 import json
 import math
 import os
+import sys
 
 import torch
 
@@ -44,25 +45,21 @@ class Console:
         print("  ".join(f"{cell:>{max(len(title), 6)}}" for cell, title in cells), flush=True)
 
 
-def opening(args, model, task):
+def opening(args, algo, task):
     """What is about to happen, in a few lines, with the answers to the questions that the numbers will raise."""
-    lines = [f"\n{args.algo} on {task.name}: {model.num_parameters():,} parameters, {args.device}, {args.dtype}, "
-             f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}"]
-    if args.algo == "grpo":
-        lines.append(LEGEND)
-        lines.append("The loss is no measure of progress: at ratio 1 it is minus the mean advantage, 0 but for the weights of the tokens.")
-        if args.num_iterations * args.num_minibatches == 1:
-            lines.append("The ratio is exactly 1 because each batch is used for one update (--num_iterations 2 makes it move).")
-    return "\n".join(lines)
+    return (f"\n{args.algo} on {task.name}: {algo.model.num_parameters():,} parameters, {args.device}, {args.dtype}, "
+            f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}\n{LEGEND}\n{algo.legend}")
 
 
-def base_line(summary, out_dir):
+def shared_line(kind, summary, out_dir):
+    """One line on a base model or a reward model that has just been made."""
     a = summary["after"]
-    if "eval/accuracy" not in a:
-        return f"Base model: {out_dir}, made in {duration(summary['seconds'])}"
-    worked = f"; worked steps in {a['eval/worked']:.0%} of its answers, right {a['eval/accuracy_when_worked']:.0%} of the time" \
-        if "eval/worked" in a else ""
-    return f"Base model: {out_dir}, made in {duration(summary['seconds'])}: held-out accuracy {a['eval/accuracy']:.3f}{worked}"
+    line = f"{kind}: {out_dir}, made in {duration(summary['seconds'])}"
+    if "eval/accuracy" in a:
+        line += f": held-out accuracy {a['eval/accuracy']:.3f}"
+    if "eval/worked" in a:
+        line += f"; worked steps in {a['eval/worked']:.0%} of its answers, right {a['eval/accuracy_when_worked']:.0%} of the time"
+    return line
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -171,20 +168,19 @@ def table(columns, task):
     return "\n".join(lines)
 
 
-def eval_table(values, task):
-    return table([("now", values)], task)
-
-
-def finish(args, summary, task=None, problems=(), pairs=None):
+def finish(args, summary, algo):
     """The end of a run: table, three problems answered before and after, files, what to try next."""
-    if task is not None and summary["after"]:
+    task, model, ref_model = algo.task, algo.networks["model"], algo.frozen.get("ref_model")
+    problems = data.problems(task, "test", 3, args.seed)
+    if ref_model is not None and summary["after"]:
         print("\n" + table([("before", summary["before"]), ("after", summary["after"])], task))
-    if pairs is not None:
-        width = max([len("before")] + [len(text) for text in pairs[0][2]]) + 3
+    if ref_model is not None and "eval/accuracy" in summary["after"]:
+        (was, was_right), (now, now_right) = ((texts, [r > 0.5 for r in rewards.flatten()]) for _, _, texts, rewards in (
+            answers(args, m, algo.tokenizer, task, problems, temperature=0) for m in (ref_model, model)))
+        width = max(map(len, ["before", *was])) + 3
         print(f"\n{'problem (greedy answers)':<26}{'before':<{width}}    after")
-        for problem, was, w0, now, w1 in zip(problems, pairs[0][2], pairs[0][3].flatten(), pairs[1][2], pairs[1][3].flatten()):
-            mark = ["x", "ok"]
-            print(f"{problem['prompt']:<26}{was:<{width}}{mark[int(w0 > 0.5)]:<4}{now}  {mark[int(w1 > 0.5)]}")
+        for problem, *cells in zip(problems, was, was_right, now, now_right):
+            print(f"{problem['prompt']:<26}{cells[0]:<{width}}{'ok' if cells[1] else 'x':<4}{cells[2]}  {'ok' if cells[3] else 'x'}")
     made = f", after {duration(summary['pretrain_seconds'])} of pre-training" if summary["pretrain_seconds"] else ""
     print(f"\n{summary['steps']} steps in {duration(summary['seconds'])}{made}; "
           f"{summary['sampled_tokens']:,} tokens sampled, {summary['trained_tokens']:,} trained on")
@@ -197,6 +193,16 @@ def finish(args, summary, task=None, problems=(), pairs=None):
         print(f"next:  python train.py --init_from {args.out_dir} --sample \"{problems[0].get('prompt', 'text') if problems else 'text'}\"\n"
               f"       python train.py --algo {other}{flags}\n"
               f"       python train.py --algo grpo --num_iterations 2{flags}      # see the ratio move")
+
+
+def peak_memory_mb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource   # absent on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # -- picture ----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,10 @@ from sft import SFT
 PRETRAIN = dict(learning_rate=6e-3, max_steps=2000, batch_size=64, lr_scheduler_type="linear", warmup_steps=50,
                 weight_decay=0.1, logging_steps=100, eval_steps=500, save_steps=500)
 ALGORITHMS = {"pretrain": SFT, "sft": SFT, "grpo": GRPO}
+SHARED = {"pretrain": "Base model"}   # made on the way by whoever needs them, in a folder named for their settings
+# Settings that change how a run is watched, not what it computes: they may differ between a run and its resumption.
+WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
+            "out_dir", "top_k", "top_p"}
 
 # -- flags ------------------------------------------------------------------------------------------------------------
 # Shared flags, group by group; an algorithm's `defaults` come before those here, and its own Config adds its own flags.
@@ -234,11 +238,16 @@ def write(path, save):
                          "free some space or choose another --out_dir") from None
 
 
-def write_json(path, value):
+def write_text(path, text):
     def save(tmp):
         with open(tmp, "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
+            file.write(text)
     write(path, save)
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
 
 
 def read_checkpoint(path):
@@ -257,28 +266,16 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def build_model(args, checkpoint, key="model"):
+def build_model(args, checkpoint):
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint[key])
+        model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint's weights do not fit its own shape: {str(error).splitlines()[-1].strip()}") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError("the checkpoint's weights are not all finite: it was saved after training had blown up")
     model.skip_padding = args.device == "cpu"
     return model.to(args.device)
-
-
-# -- the loop ---------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(args, step):
-    """Linear warm-up, then constant or falling to a tenth of the peak at max_steps."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    fall = {"constant": 0.0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done)}[args.lr_scheduler_type]
-    return args.learning_rate * (1 - 0.9 * fall)
 
 
 def random_states():
@@ -296,29 +293,32 @@ def set_random_states(states):
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def peak_memory_mb():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource   # absent on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+# -- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def update(args, algo, model, optimizer, minibatch, totals):
+def learning_rate(args, step):
+    """Linear warm-up, then constant or falling to a tenth of the peak at max_steps."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    fall = {"constant": 0.0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done)}[args.lr_scheduler_type]
+    return args.learning_rate * (1 - 0.9 * fall)
+
+
+def update(args, algo, optimizer, minibatch, totals):
     """One optimizer step on a minibatch, in micro-batches whose losses and gradients add up. -> tokens trained"""
     optimizer.zero_grad()
     loss, tokens = torch.zeros((), device=args.device), 0
-    for micro in data.split(minibatch, args.micro_batch_size) if minibatch is not None else []:
+    for micro in data.split(minibatch, args.micro_batch_size, algo.rows_together) if minibatch is not None else []:
         with data.autocast(args):
             micro_loss, metrics = algo.loss(micro)
         micro_loss.backward()
         loss, tokens = loss + micro_loss.detach(), tokens + int(micro["completion_mask"].sum())
         add(totals, metrics)
-    for p in model.parameters():   # no row had a gradient: Adam still coasts on its momentum
+    parameters = [p for network in algo.networks.values() for p in network.parameters()]
+    for p in parameters:   # no row had a gradient: Adam still coasts on its momentum
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     if not torch.isfinite(loss) or not torch.isfinite(grad_norm):
         raise FloatingPointError
     optimizer.step()
@@ -336,43 +336,44 @@ def add(totals, metrics):
             totals[name] = max(totals.get(name, 0.0), float(value)) if name.startswith("max") else totals.get(name, 0) + int(value)
 
 
-# Settings that change how a run is watched, not what it computes: they may differ between a run and its resumption.
-WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
-            "out_dir", "top_k", "top_p"}
-
-
-def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=None, pretrain_seconds=0.0):
-    """Train a model in the folder args.out_dir, from `checkpoint` if there is one. Returns the summary, or None if Ctrl-C
-    stopped the run, in which case the command `again` goes on. Raises InputError where the loss is no longer finite."""
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    algo = ALGORITHMS[args.algo](config, model, ref_model, tokenizer, task)
-    algo.micro_batch_size = args.micro_batch_size
+def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
+    """Drive an algorithm in the folder args.out_dir, from `checkpoint` if there is one. Returns the summary, or None if
+    Ctrl-C stopped the run, in which case the command `again` goes on. Raises InputError where the loss is not finite."""
+    model, ref_model = algo.networks["model"], algo.frozen.get("ref_model")
+    others = [network for network in algo.networks.values() if network is not model]
+    optimizer = model.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, args.adam_beta2), others=others)
+    algo.micro_batch_size, algo.max_steps, algo.optimizer = args.micro_batch_size, args.max_steps, optimizer
     if args.compile:
         model.completion_logits = torch.compile(model.completion_logits, dynamic=True)
-    optimizer = model.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, args.adam_beta2))
+    path, metrics_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "metrics.jsonl"))
     settings = {**vars(args), "model_config": dataclasses.asdict(model.config)}
     step, seconds, counts = 0, 0.0, {"sampled_tokens": 0, "trained_tokens": 0}
-    metrics_path = os.path.join(args.out_dir, "metrics.jsonl")
     started = time.time()
+
+    def evaluate(full):
+        with data.autocast(args):
+            return algo.evaluate(args) if hasattr(algo, "evaluate") else report.evaluate(args, model, ref_model, algo.tokenizer, task, full)
+
     if checkpoint is None:
-        write_json(os.path.join(args.out_dir, "config.json"), settings)
+        write_text(os.path.join(args.out_dir, "config.json"), json.dumps(settings, indent=2) + "\n")
         torch.manual_seed(args.seed)
-        before = report.evaluate(args, model, ref_model, tokenizer, task, full=True)
+        before = evaluate(full=True)
         lines = [{"step": 0, "seconds": time.time() - started, **counts, **before}]
     else:
+        for name, network in {**algo.networks, **algo.frozen}.items():
+            network.load_state_dict(checkpoint["networks"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_states(checkpoint["random_states"])
         step, counts, before, seconds = (checkpoint[k] for k in ("step", "counts", "before", "seconds"))
         lines = [line for line in report.read_metrics(metrics_path) if line["step"] <= step]   # the rest happens again
     started = time.time() - seconds
-    write(metrics_path, lambda tmp: open(tmp, "w").write("".join(json.dumps(line) + "\n" for line in lines)))
+    write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def save():
-        weights = {k: v.cpu() for k, v in model.state_dict().items()}
-        content = {"model": weights, "model_config": dataclasses.asdict(model.config), "tokenizer": args.tokenizer,
-                   "optimizer": optimizer.state_dict(), "step": step, "counts": counts, "before": before,
-                   "seconds": time.time() - started, "random_states": random_states(), "settings": settings,
-                   "ref_model": None if ref_model is None else ref_model.state_dict()}
+        networks = {name: {k: v.cpu() for k, v in n.state_dict().items()} for name, n in {**algo.networks, **algo.frozen}.items()}
+        content = {"model": networks["model"], "model_config": dataclasses.asdict(model.config), "tokenizer": args.tokenizer,
+                   "networks": networks, "optimizer": optimizer.state_dict(), "step": step, "counts": counts, "before": before,
+                   "seconds": time.time() - started, "random_states": random_states(), "settings": settings}
         write(path, lambda tmp: torch.save(content, tmp))
 
     interrupted = []
@@ -385,7 +386,7 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
 
     examples = algo.examples(args.seed)
     generator = torch.Generator(args.device)
-    bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo != "pretrain", mininterval=1)
+    bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo not in SHARED, mininterval=1)
     console, totals, tally = report.Console(), {}, dict(collect=0.0, train=0.0, sampled=0, trained=0)   # since the last line
     saved_at, start_step, loop_started = step if checkpoint else None, step, time.time()
     try:
@@ -394,20 +395,20 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
                 group["lr"] = learning_rate(args, step)
             shuffle = args.algo != "pretrain"   # a corpus is read in order
             batch_examples = [examples[i] for i in data.batch_indices(len(examples), args.batch_size, step, args.seed, shuffle)]
-            clock = time.time()
             generator.manual_seed(1_000_003 * args.seed + step)   # so that a step is the same whatever came before it
+            sampled, trained, clock = 0, 0, time.time()
             with data.autocast(args):
-                batch, metrics = algo.collect(batch_examples, generator)
+                batch, metrics = algo.collect(batch_examples, generator, step)
                 minibatches = algo.minibatches(batch)
-            sampled, trained = int(metrics.pop("sampled_tokens", 0)), 0
+            sampled = int(metrics.pop("sampled_tokens", 0))
             add(totals, metrics)
             tally["collect"] += time.time() - clock
             clock = time.time()
             try:
                 for minibatch in minibatches:
-                    trained += update(args, algo, model, optimizer, minibatch, totals)
+                    trained += update(args, algo, optimizer, minibatch, totals)
                 if step + 1 == args.max_steps or (step + 1) % args.save_steps == 0:   # never save, or end with, what has blown up
-                    if not all(p.isfinite().all() for p in model.parameters()):
+                    if not all(p.isfinite().all() for n in algo.networks.values() for p in n.parameters()):
                         raise FloatingPointError
             except FloatingPointError:
                 raise InputError(f"the loss or its gradient is not finite at step {step + 1}; the last good checkpoint is "
@@ -428,7 +429,7 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
                     line["tokens_per_second/sample"] = tally["sampled"] / max(tally["collect"], 1e-9)
                 line |= {name: v[0] / max(v[1], 1) if isinstance(v, tuple) else v for name, v in totals.items()}
                 if step % args.eval_steps == 0 or last:
-                    line |= report.evaluate(args, model, ref_model, tokenizer, task, full=last)
+                    line |= evaluate(full=last)
                 lines.append(line)
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -451,68 +452,82 @@ def train(args, config, model, ref_model, tokenizer, task, again, checkpoint=Non
         return None
     after = {k: v for k, v in lines[-1].items() if k.startswith("eval/")}
     summary = {"algo": args.algo, "task": task.name, "seed": args.seed, "steps": step, "seconds": time.time() - started,
-               "pretrain_seconds": pretrain_seconds, **counts, "peak_memory_mb": peak_memory_mb(), "before": before, "after": after}
-    write_json(os.path.join(args.out_dir, "summary.json"), summary)
+               "pretrain_seconds": pretrain_seconds, **counts, "peak_memory_mb": report.peak_memory_mb(), "before": before, "after": after}
+    write_text(os.path.join(args.out_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 # -- from the command line to the loop ----------------------------------------------------------------------------------
 
 
-def make_task(args, tokenizer, config, block_size):
-    if args.data:
-        task = data.JsonLines(args.data, args.eval_data)
-    else:
+def make_task(args, config, tokenizer, block_size):
+    """The task that the flags name. Raises InputError where a file lacks a column that the algorithm needs, or room."""
+    if not args.data:
         task = data.Chain(args.min_terms, args.max_terms) if args.task == "chain" else data.Countdown()
-    task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    if args.data and ALGORITHMS[args.algo].samples:
-        task.require("prompt", "answer", room=task.max_new_tokens, tokenizer=tokenizer, block_size=block_size)
-    elif args.data and not (args.eval_only or args.sample is not None):
-        columns = ("text",) if "text" in task.train[0] else ("prompt", "completion")
-        task.require(*columns, tokenizer=tokenizer, block_size=block_size)
+        task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+        return task
+    task = data.JsonLines(args.data, args.eval_data, args.max_new_tokens or 32)
+    if not (args.eval_only or args.sample is not None):
+        columns = ALGORITHMS[args.algo].columns(config)
+        if "completion" in columns and "text" in task.train[0]:
+            columns = ("text",)
+        room = task.max_new_tokens if "answer" in columns else None      # where answers are sampled, they need room
+        task.require(*columns, room=room, tokenizer=tokenizer, block_size=block_size)
     return task
 
 
-def base_command(args, shape):
-    """The flags that make the base model which these args ask for."""
-    flags = ["--algo", "pretrain", "--device", args.device, "--dtype", args.dtype, "--eval_problems", str(args.eval_problems)]
-    for name in ("task", "tokenizer", "base_seed", "min_terms", "max_terms"):
-        flags += [f"--{name}", str(getattr(args, name))]
-    return flags + [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-
-
-def base_dir(args, shape):
-    """out/<task>-pretrain-<base_seed> for the default base; other settings get a name of their own beside it."""
-    ignored = WATCHING | {"device", "dtype", "compile", "micro_batch_size", "init_from"}
-    def settings(a, s):
-        return {k: v for k, v in vars(a).items() if k not in ignored} | s
-    default = parse_args(["--algo", "pretrain", "--task", args.task, "--base_seed", str(args.base_seed)])
-    mine = settings(args, shape)
-    suffix = "" if mine == settings(default[0], {}) else "-" + hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]
-    return f"out/{data_name(args)}-pretrain-{args.base_seed}{suffix}"
-
-
-def data_name(args):
+def task_name(args):
     return data.JsonLines.name_of(args.data) if args.data else args.task
 
 
-def pretrain(args, config, shape, tokenizer, again):
-    """Make the base model in args.out_dir, or go on making it. Returns its summary, or None if Ctrl-C stopped it."""
-    path, checkpoint = os.path.join(args.out_dir, "ckpt.pt"), None
-    if os.path.exists(path) or args.resume:
-        checkpoint = read_checkpoint(path)
-        check_same_settings(args, shape, checkpoint, path)
-    torch.manual_seed(args.seed)
-    fresh = {"model_config": dataclasses.asdict(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape}))}
-    fresh["model"] = GPT(GPTConfig(**fresh["model_config"])).state_dict()
-    model = build_model(args, checkpoint or fresh)
-    task = make_task(args, tokenizer, config, model.config.block_size)
-    return train(args, config, model, None, tokenizer, task, again, checkpoint)
+def shared_command(args, shape, algo):
+    """The flags that make the base model (or the reward model) which these args ask for."""
+    flags = ["--algo", algo]
+    for name in ("task", "tokenizer", "base_seed", "min_terms", "max_terms", "device", "dtype", "eval_problems"):
+        flags += [f"--{name}", str(getattr(args, name))]
+    if algo != "pretrain" and args.init_from:
+        flags += ["--init_from", args.init_from]
+    return flags + [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+
+
+def shared_dir(args, shape):
+    """out/<task>-pretrain-<base_seed> for the default base; other settings get a name of their own beside it."""
+    ignored = WATCHING | {"device", "dtype", "compile", "micro_batch_size"}
+    def settings(a, s):
+        return {k: v for k, v in vars(a).items() if k not in ignored} | s
+    default, _, _ = parse_args(["--algo", args.algo, "--task", args.task, "--base_seed", str(args.base_seed)])
+    mine, suffix = settings(args, shape), ""
+    if mine != settings(default, {}):
+        suffix = "-" + hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]
+    return f"out/{task_name(args)}-{args.algo}-{args.base_seed}{suffix}"
+
+
+def ensure(algo, args, shape, again):
+    """The folder of the base model (or the reward model) and its summary. It is made first if need be; None if Ctrl-C
+    stopped that."""
+    command = shared_command(args, shape, algo)
+    its_args, _, its_shape = parse_args(command)
+    its_args.out_dir = shared_dir(its_args, its_shape)
+    if is_finished(its_args):
+        summary = read_json(os.path.join(its_args.out_dir, "summary.json"))
+        print(f"{SHARED[algo]}: {its_args.out_dir} (made earlier in {summary['seconds']:.0f} s)", flush=True)
+    else:
+        print(f"No {SHARED[algo].lower()} in {its_args.out_dir} yet: pre-training one first (once; every algorithm starts from it).", flush=True)
+        if run(command, again) == 130:
+            return None
+        summary = read_json(os.path.join(its_args.out_dir, "summary.json"))
+    return its_args.out_dir, summary
+
+
+def is_finished(args):
+    """Whether the run in args.out_dir got to its last step and summed up. --max_minutes may have ended it earlier."""
+    path = os.path.join(args.out_dir, "summary.json")
+    return os.path.exists(path) and read_json(path)["steps"] >= args.max_steps
 
 
 def check_same_settings(args, shape, checkpoint, path):
     """A run goes on with the settings with which it began, or not at all."""
-    missing = {"optimizer", "step", "counts", "before", "seconds", "random_states", "settings", "ref_model"} - set(checkpoint)
+    missing = {"networks", "optimizer", "step", "counts", "before", "seconds", "random_states", "settings"} - set(checkpoint)
     if missing:
         raise InputError(f"{path} holds a model but no {sorted(missing)[0]}, and cannot be resumed; use --init_from {path}")
     saved = {**checkpoint["settings"], **{name: checkpoint["model_config"][name] for name in shape}}
@@ -523,33 +538,6 @@ def check_same_settings(args, shape, checkpoint, path):
                              "give the same flags to resume, or another --out_dir to start anew")
 
 
-def is_finished(args):
-    """Whether the run in args.out_dir got to its last step and summed up. --max_minutes may have ended it earlier."""
-    path = os.path.join(args.out_dir, "summary.json")
-    if not os.path.exists(path):
-        return False
-    with open(path) as file:
-        return json.load(file)["steps"] >= args.max_steps
-
-
-def ensure_base(args, shape, tokenizer, argv):
-    """The folder of the base model, made first if need be, and the seconds that making it took; (None, 0) on Ctrl-C."""
-    base_args, base_config, _ = parse_args(base_command(args, shape))
-    base_args.out_dir = base_dir(base_args, shape)
-    summary_path = os.path.join(base_args.out_dir, "summary.json")
-    if not is_finished(base_args):
-        print(f"No base model in {base_args.out_dir} yet: pre-training one first (once; every algorithm starts from it).", flush=True)
-        summary = pretrain(base_args, base_config, shape, tokenizer, f"python train.py {shlex.join(argv)}")
-        if summary is None:
-            return None, 0.0
-        print(report.base_line(summary, base_args.out_dir), flush=True)
-        return base_args.out_dir, summary["seconds"]
-    with open(summary_path) as file:
-        summary = json.load(file)
-    print(f"Base model: {base_args.out_dir} (made earlier in {summary['seconds']:.0f} s)", flush=True)
-    return base_args.out_dir, summary["seconds"]
-
-
 def keep_earlier_run(out_dir):
     """A run never overwrites another: what is in its folder moves to the first free name beside it."""
     if os.path.exists(os.path.join(out_dir, "config.json")):
@@ -558,45 +546,43 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} held an earlier run, which is now {out_dir}.{n} (--resume would have gone on with it)")
 
 
-def run(argv):
-    """Parse the command line and do what it says. Returns the exit code."""
+def run(argv, again=None):
+    """Parse the command line and do what it says. Returns the exit code. `again` is the command that goes on with the run
+    if it is interrupted; None: this one with --resume."""
     args, config, shape = parse_args(argv)
     pick_device(args)
-    again = f"python train.py {shlex.join(argv if args.resume else argv + ['--resume'])}"
-    if args.algo == "pretrain" and not (args.eval_only or args.sample is not None):
-        tokenizer = data.Tokenizer(args.tokenizer)
-        args.out_dir = args.out_dir or base_dir(args, shape)
-        if is_finished(args):
-            print(f"{args.out_dir} already holds this base model; delete the folder to make it again")
-            return 0
-        summary = pretrain(args, config, shape, tokenizer, again)
-        if summary is None:
-            return 130
-        print(report.base_line(summary, args.out_dir))
-        report.finish(args, summary)
+    algorithm, judging = ALGORITHMS[args.algo], args.eval_only or args.sample is not None
+    shared = args.algo in SHARED and not judging
+    args.out_dir = args.out_dir or (shared_dir(args, shape) if shared else f"out/{task_name(args)}-{args.algo}-{args.seed}")
+    path, outermost = os.path.join(args.out_dir, "ckpt.pt"), again is None
+    again = again or f"python train.py {shlex.join(argv if args.resume else argv + ['--resume'])}"
+    tokenizer = data.Tokenizer(args.tokenizer)
+    if shared and is_finished(args):
+        print(f"{args.out_dir} already holds this {SHARED[args.algo].lower()}; delete the folder to make it again")
         return 0
 
-    # Which weights to start from, and which to compare with.
-    args.out_dir = args.out_dir or f"out/{data_name(args)}-{args.algo}-{args.seed}"
+    # Which weights to start from.
     checkpoint, pretrain_seconds = None, 0.0
-    if args.resume:
-        path = os.path.join(args.out_dir, "ckpt.pt")
+    if args.resume or shared and os.path.exists(path):
         checkpoint = read_checkpoint(path)
         args.init_from = args.init_from or checkpoint.get("settings", {}).get("init_from")
         check_same_settings(args, shape, checkpoint, path)
-        tokenizer = data.Tokenizer(args.tokenizer)
-        model, ref_model = build_model(args, checkpoint), build_model(args, checkpoint, "ref_model")
+        model = build_model(args, checkpoint)
         if is_finished(args):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
         print(f"Resuming {args.out_dir} at step {checkpoint['step']} of {args.max_steps}", flush=True)
+    elif args.algo == "pretrain" and not judging:
+        torch.manual_seed(args.seed)
+        model = GPT(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape})).to(args.device)
+        model.skip_padding = args.device == "cpu"
     else:
-        tokenizer = data.Tokenizer(args.tokenizer)
         start = args.init_from
         if start is None:
-            start, pretrain_seconds = ensure_base(args, shape, tokenizer, argv)
-            if start is None:
+            base = ensure("pretrain", args, shape, again if args.resume else f"python train.py {shlex.join(argv)}")
+            if base is None:
                 return 130
+            start, pretrain_seconds = base[0], base[1]["seconds"]
         start_checkpoint = read_checkpoint(start)
         model = build_model(args, start_checkpoint)
         for name, value in shape.items():
@@ -604,25 +590,27 @@ def run(argv):
                 raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: leave the flag out")
         if start_checkpoint.get("tokenizer", args.tokenizer) != args.tokenizer:
             raise InputError(f"{start} was trained with --tokenizer {start_checkpoint['tokenizer']}")
-        ref_model = copy.deepcopy(model)
-    ref_model.requires_grad_(False)
-    task = make_task(args, tokenizer, config, model.config.block_size)
+    task = make_task(args, config, tokenizer, model.config.block_size)
     if args.sample is not None:
         report.sample_and_print(args, model, tokenizer, task)
         return 0
     if args.eval_only:
-        print(report.eval_table(report.evaluate(args, model, None, tokenizer, task, full=True), task))
+        print(report.table([("now", report.evaluate(args, model, None, tokenizer, task, full=True))], task))
         return 0
-    if checkpoint is None:
+
+    ref_model = None if args.algo == "pretrain" else copy.deepcopy(model).requires_grad_(False)
+    algo = algorithm(config, model, ref_model, tokenizer, task)
+    if checkpoint is None and not shared:
         keep_earlier_run(args.out_dir)
-    print(report.opening(args, model, task), flush=True)
-    summary = train(args, config, model, ref_model, tokenizer, task, again, checkpoint, pretrain_seconds)
+    if args.algo != "pretrain":
+        print(report.opening(args, algo, task), flush=True)
+    summary = train(args, algo, task, again, checkpoint, pretrain_seconds)
     if summary is None:
         return 130
-    examples, pairs = data.problems(task, "test", 3, args.seed), None
-    if "eval/accuracy" in summary["after"]:
-        pairs = [report.answers(args, m, tokenizer, task, examples, temperature=0) for m in (ref_model, model)]
-    report.finish(args, summary, task, examples, pairs)
+    if shared:
+        print(report.shared_line(SHARED[args.algo], summary, args.out_dir), flush=True)
+    if outermost:
+        report.finish(args, summary, algo)
     return 0
 
 

@@ -84,12 +84,12 @@ def main():
 
     def pretrain_step():
         for minibatch in sft.minibatches(sft.collect(examples, None)[0]):
-            train.update(loop, sft, model, optimizer, minibatch, {})
+            train.update(loop, sft, optimizer, minibatch, {})
     tokens = args.batch_size * args.seq_len
     report("pre-training", median_seconds(pretrain_step, args.repeats, device), tokens, tokens * model.flops_per_token(args.seq_len))
 
     grpo = GRPO(GRPOConfig(num_generations=args.num_generations), model, None, tokenizer, task)
-    grpo.reward_functions = {"parity": parity}
+    grpo.rewards.functions = {"parity": parity}
     problems = data.problems(task, "train", args.prompts, 0)
     prompts = data.collate([{"prompt": p["prompt"]} for p in problems], tokenizer, device)
     generator = torch.Generator(device).manual_seed(0)
@@ -104,7 +104,7 @@ def main():
             batch, metrics = grpo.collect(problems, generator)
         assert metrics["frac_reward_zero_std"][0] == 0, "a group without a gradient: nothing may be won by skipping"
         for minibatch in grpo.minibatches(batch):
-            train.update(loop, grpo, model, optimizer, minibatch, {})
+            train.update(loop, grpo, optimizer, minibatch, {})
     sampled = int(sample().completion_mask.sum())
     length = prompts["prompt_ids"].shape[1] + args.max_new_tokens
     flops = (sampled + prompts["prompt_ids"].numel()) * model.flops_per_token(length)

@@ -186,7 +186,7 @@ def test_no_gpu(refused, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--reward correctness", "--reward correctness is unknown for chain: use one or more of verifier, brevity, format"),
+    ("--reward correctness", "--reward correctness is unknown for chain: use one or more of verifier, majority, brevity, format"),
     ("--reward verifier,", "--reward"),
     ("--reward verifier,format --reward_weights 1", "--reward_weights has 1 numbers, --reward 2 names"),
     ("--reward_weights 1,2", "--reward_weights has 2 numbers, --reward 1 names"),
@@ -316,7 +316,7 @@ def test_resume_a_bare_model(stopped):
     assert "use --init_from run" in complaint(*stopped, "--resume")
 
 
-@pytest.mark.parametrize("lost", ["step", "settings", "ref_model", "random_states"])
+@pytest.mark.parametrize("lost", ["step", "settings", "networks", "random_states"])
 def test_resume_with_something_missing(stopped, lost):
     """A checkpoint that lacks anything that resuming needs is refused."""
     content = torch.load("run/ckpt.pt", weights_only=True)

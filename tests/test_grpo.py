@@ -68,7 +68,7 @@ def make_grpo(reward_function=coin, **flags):
     config = GRPOConfig(**{"num_generations": 4, **flags})
     algo = GRPO(config, tiny_model(), tiny_model(seed=1), Letters(), data.Chain(2, 3))
     if reward_function is not None:
-        algo.reward_functions = {"coin": reward_function}
+        algo.rewards.functions = {"coin": reward_function}
     return algo
 
 
@@ -232,7 +232,7 @@ def test_update_adds_up_micro_batches(float64):
     algo, minibatch = off_policy_minibatch()
     loss, grad, _ = loss_and_gradient(algo, minibatch)
     totals, optimizer = {}, algo.model.configure_optimizer(1e-3, 0.0)
-    tokens = train.update(training_args(micro_batch_size=3), algo, algo.model, optimizer, minibatch, totals)
+    tokens = train.update(training_args(micro_batch_size=3), algo, optimizer, minibatch, totals)
     assert totals["loss"][0] == pytest.approx(float(loss), abs=1e-10)
     assert totals["grad_norm"][0] == pytest.approx(float(grad.norm()), abs=1e-10)
     assert tokens == int(minibatch["completion_mask"].sum())
@@ -268,10 +268,9 @@ def test_every_row_has_its_own_prompt_reward_and_advantage():
 
 def test_the_verifier_gets_the_answer_of_the_row():
     """The task's own reward, not a stand-in: 1 where the text ends in the answer of that row's problem."""
-    algo = make_grpo(None)
-    ids = torch.tensor([algo.tokenizer.encode(text) for text in "23751277"])    # 7+5=2, 1-2*3=7, 9*9=1, 4+4-1=7
-    scores = algo.score(PROBLEMS, SimpleNamespace(completion_ids=ids), 2)
-    assert scores["verifier"].tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
+    algo = make_grpo(None)                                                      # 7+5=2, 1-2*3=7, 9*9=1, 4+4-1=7
+    total, each = algo.rewards([p for p in PROBLEMS for _ in range(2)], list("23751277"))
+    assert total.tolist() == each["verifier"].tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
 
 
 def test_remax_compares_with_the_greedy_answer():
@@ -326,7 +325,7 @@ def test_the_first_ratio_is_exactly_one(flags, micro_batch_size):
                 logprobs, mask = algo.logprobs(algo.model, micro)[0].detach(), micro["completion_mask"]
                 assert torch.equal(logprobs[mask], micro["old_logprobs"][mask])
         metrics = {}
-        train.update(training_args(micro_batch_size=micro_batch_size), algo, algo.model, optimizer, minibatch, metrics)
+        train.update(training_args(micro_batch_size=micro_batch_size), algo, optimizer, minibatch, metrics)
         passes.append(metrics["max_ratio"])
     assert passes[0] == 1.0 and all(ratio > 1.0 for ratio in passes[1:])
     parts = algo.config.num_minibatches
@@ -343,7 +342,8 @@ def test_the_first_ratio_is_exactly_one_in_the_loop(tmp_path, dtype):
                  logging_steps=1, eval_problems=4, learning_rate=1e-30, reward="brevity", out_dir=tmp_path)
     args, config, _ = train.parse_args([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
     model = tiny_model()
-    train.train(args, config, model, copy.deepcopy(model), Letters(), data.Chain(2, 3), "")
+    task = data.Chain(2, 3)
+    train.train(args, GRPO(config, model, copy.deepcopy(model), Letters(), task), task, "")
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["max_ratio"] == 1.0 and line["grad_norm"] > 0
 
@@ -453,7 +453,7 @@ def test_a_batch_without_any_advantage_changes_nothing():
     parts = list(algo.minibatches(batch))
     before = copy.deepcopy(algo.model.state_dict())
     optimizer = algo.model.configure_optimizer(1e-2, 0.0)
-    assert parts == [None] and train.update(training_args(), algo, algo.model, optimizer, parts[0], {}) == 0
+    assert parts == [None] and train.update(training_args(), algo, optimizer, parts[0], {}) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in algo.model.state_dict().items())
 
 

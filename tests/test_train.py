@@ -124,8 +124,8 @@ train.run(sys.argv[4:])
     ("grpo", "train", "update", 6, 3),
     ("grpo, two passes and KL", "train", "update", 10, 3),      # between the two passes of step 5
     ("sft", "torch", "save", 2, 3),                             # while the checkpoint of step 6 is being written
-    ("sft", "train", "write_json", 2, 8),                       # after the last checkpoint, before the summary
-    ("pretrain", "train", "write_json", 2, 8),
+    ("sft", "train", "write_text", 3, 8),                       # after the last checkpoint, before the summary
+    ("pretrain", "train", "write_text", 3, 8),
 ])
 def test_resume_after_sigkill(flags, uninterrupted, case, module, function, call, saved):
     """Killed at the n-th call of a function and resumed, a run ends with the same weights, bit for bit, and log."""
@@ -265,9 +265,9 @@ def test_every_step_has_its_own_problems_and_its_own_draw(flags, monkeypatch):
     """16 problems in batches of 4: each once in 4 steps, then in a new order; no step draws with another's seed."""
     steps, collect = [], GRPO_.collect
 
-    def spy(self, examples, generator):
+    def spy(self, examples, generator, step):
         steps.append(([e["prompt"] for e in examples], generator.initial_seed()))
-        return collect(self, examples, generator)
+        return collect(self, examples, generator, step)
     monkeypatch.setattr(GRPO_, "collect", spy)
     for seed in range(2):
         run(*flags("grpo"), "--num_prompts", 16, "--seed", seed, "--out_dir", f"run{seed}")
