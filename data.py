@@ -467,6 +467,33 @@ def rollout(model, tokenizer, task, rewards, examples, num_generations=1, temper
             "prompt_index": prompt_index, "rewards": total.to(model.device), "truncated": samples.truncated}, metrics
 
 
+def choose_pairs(rewards, uniforms, pair_selection="random", accepted=None):
+    """One preference pair of each group. rewards, uniforms (P, G) -> rows (2 N,) chosen, rejected, chosen, ... and how many
+    groups have no contrast and so no pair.
+
+    random: any of the best-rewarded against any that is worth less (right against wrong). best_worst: the extremes.
+    `uniforms` are the lots; `accepted` (P, G) restricts the choice. Worked example: rewards [1, 0, 1, 0] give random one
+    of the rows (0, 1), (0, 3), (2, 1), (2, 3); [1, 1, 1, 1] give none.
+    """
+    accepted = torch.ones_like(rewards, dtype=torch.bool) if accepted is None else accepted
+    best = rewards.masked_fill(~accepted, -math.inf).max(1, keepdim=True).values
+    worst = rewards.masked_fill(~accepted, math.inf).min(1, keepdim=True).values
+    losers = (rewards == worst) if pair_selection == "best_worst" else (rewards < best)
+    chosen = uniforms.masked_fill(~(accepted & (rewards == best)), -1).argmax(1)          # (P,)
+    rejected = uniforms.masked_fill(~(accepted & losers), -1).argmax(1)
+    contrast = (best > worst).squeeze(1)                                                  # (P,)
+    first = torch.arange(0, rewards.numel(), rewards.shape[1], device=rewards.device)     # first row of each group
+    return torch.stack([first + chosen, first + rejected], dim=1)[contrast].flatten(), int((~contrast).sum())
+
+
+def preference_pairs(examples, tokenizer, device="cpu"):
+    """A file's preferences as a batch in rows chosen, rejected, chosen, ...; pairs of equal answers are counted and skipped."""
+    different = [e for e in examples if e["chosen"] != e["rejected"]]
+    rows = [{"prompt": e["prompt"], "completion": e[name]} for e in different for name in ("chosen", "rejected")]
+    metrics = {"skipped_pairs": (len(examples) - len(different), len(examples))}
+    return collate(rows, tokenizer, device) if rows else None, metrics
+
+
 # -- batches: dicts of tensors ----------------------------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ class GRPO:
     @staticmethod
     def columns(config):
         """What a line of --data must have."""
-        return ("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)
+        return [("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)]
 
     def examples(self, seed):
         """What the loop draws batches from: problems. Nobody shows how to solve them."""

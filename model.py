@@ -15,8 +15,9 @@ Both read a prompt once, however many completions belong to it.
 Shapes: P prompts, B completions, T tokens, C = n_embd, V = vocab_size, nh heads, nkv key/value heads, hd head size.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple, Optional
 
 import torch
@@ -44,6 +45,7 @@ class GPTConfig:
     qkv_bias: Annotated[bool, "bias on q, k and v, as in Qwen2"] = False
     qk_norm: Annotated[bool, "RMSNorm on q and k, as in Qwen3"] = True
     tie_embeddings: Annotated[bool, "input embedding and output head are one matrix"] = True
+    scalar_head: bool = False     # one number a position in place of logits: a critic or a reward model
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -164,8 +166,8 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
+        self.lm_head = nn.Linear(config.n_embd, 1 if config.scalar_head else config.vocab_size, bias=False)
+        if config.tie_embeddings and not config.scalar_head:
             self.lm_head.weight = self.embed_tokens.weight
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (hd/2,)
         angles = torch.outer(torch.arange(config.block_size).float(), frequencies)                # (block_size, hd/2)
@@ -217,7 +219,7 @@ class GPT(nn.Module):
         x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
         return self.lm_head(x[:, positions]).float()
 
-    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_index=None):
+    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_index=None, read_last=False):
         """Logits (B, T, V), float32: [b, t] is the distribution from which token t of completion b was to be drawn.
 
         prompt_ids, prompt_mask (P, Tp), padded on the left; completion_ids, completion_mask (B, T), padded on the right.
@@ -225,12 +227,14 @@ class GPT(nn.Module):
         result holds where completion_mask is False means nothing.
 
         The shift by one lives here and nowhere else. Token 0 is predicted at the prompt's last column, token t at the
-        completion's column t - 1; the last completion token predicts nothing and is not read:
+        completion's column t - 1; the last completion token predicts nothing and is not read (with read_last it is, and
+        the result has T + 1 columns, the last of them seen after the whole completion: what critics and reward models use):
             columns read      <end> 7 + 5 =  |  1  2
             completion                          1  2  <end>       row t of the result predicts token t
             predicted from                 '='  1  2
         """
         Tp, T = prompt_ids.shape[1], completion_ids.shape[1]
+        read = T if read_last else T - 1              # completion tokens that are read
         if prompt_index is None:
             prompt_index = torch.arange(len(completion_ids), device=completion_ids.device)
         if Tp + T > self.config.block_size:   # the grid is too wide; what counts is the longest row in it
@@ -238,16 +242,16 @@ class GPT(nn.Module):
                 raise InputError(f"a prompt and its completion are longer than block_size {self.config.block_size}")
         if len(prompt_ids) == len(completion_ids):   # one completion a prompt: read the two side by side
             prompt_ids, prompt_mask = prompt_ids[prompt_index], prompt_mask[prompt_index]
-            input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
-            attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
+            input_ids = torch.cat([prompt_ids, completion_ids[:, :read]], dim=1)
+            attention_mask = torch.cat([prompt_mask, completion_mask[:, :read]], dim=1)
             return self(input_ids, attention_mask, positions=slice(Tp - 1, None))
         # Several completions a prompt: read each prompt once and let its completions look back at its keys and values.
         prompt_hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
         hidden = prompt_hidden[prompt_index, -1:]                                       # (B, 1, C)
-        if T > 1:
+        if read > 0:
             past = [tuple(t.index_select(0, prompt_index) for t in kv) for kv in prompt_kvs]   # (B, nkv, Tp, hd) each
-            attention_mask = torch.cat([prompt_mask[prompt_index], completion_mask[:, :-1]], dim=1)
-            completion_hidden, _ = self.hidden_states(completion_ids[:, :-1], attention_mask, past=past)
+            attention_mask = torch.cat([prompt_mask[prompt_index], completion_mask[:, :read]], dim=1)
+            completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask, past=past)
             hidden = torch.cat([hidden, completion_hidden], dim=1)                      # (B, T, C)
         return self.lm_head(hidden).float()
 
@@ -303,6 +307,15 @@ class GPT(nn.Module):
         T = int(length.max())
         completion_mask = torch.arange(T, device=device) < length[:, None]
         return Samples(completion_ids[:, :T], completion_mask, truncated, logprobs[:, :T])
+
+    def with_scalar_head(self):
+        """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
+        if self.config.scalar_head:
+            return copy.deepcopy(self)
+        model = GPT(replace(self.config, scalar_head=True)).to(self.device)
+        model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
+        model.skip_padding = self.skip_padding
+        return model
 
     # -- accounting -------------------------------------------------------------------------------------------------
 

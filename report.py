@@ -14,7 +14,11 @@ import data
 
 # Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if the run has the metric.
 COLUMNS = [
-    ("step", "step", "{:d}"), ("reward", "reward", "{:.3f}"), ("loss", "loss", "{:+.3f}"), ("nll", "nll", "{:.3f}"),
+    ("step", "step", "{:d}"), ("reward", "reward", "{:.3f}"), ("true_reward", "true", "{:.3f}"), ("loss", "loss", "{:+.3f}"),
+    ("nll", "nll", "{:.3f}"), ("mean_weight", "weight", "{:.2f}"), ("frac_weight_near_zero", "unweighed", "{:.2f}"),
+    ("kept", "kept", "{:.2f}"), ("rewards/chosen", "chosen", "{:+.2f}"), ("rewards/rejected", "rejected", "{:+.2f}"),
+    ("rewards/margins", "margin", "{:.2f}"), ("skipped_pairs", "skipped", "{:.2f}"), ("accuracy", "accuracy", "{:.3f}"),
+    ("loss/value", "value loss", "{:.3f}"), ("passes", "passes", "{:.1f}"), ("eval/pair_accuracy", "heldout", "{:.3f}"),
     ("eval/accuracy", "heldout", "{:.3f}"), ("eval/loss", "heldout nll", "{:.3f}"), ("eval/worked", "worked", "{:.2f}"),
     ("completions/mean_length", "length", "{:.1f}"), ("eval/kl", "KL", "{:.2f}"), ("entropy", "entropy", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"), ("max_ratio", "ratio", "{:.2f}"), ("clip_ratio", "clipped", "{:.3f}"),
@@ -55,6 +59,8 @@ def shared_line(kind, summary, out_dir):
     """One line on a base model or a reward model that has just been made."""
     a = summary["after"]
     line = f"{kind}: {out_dir}, made in {duration(summary['seconds'])}"
+    if "eval/pair_accuracy" in a:
+        line += f": right about {a['eval/pair_accuracy']:.1%} of {a['eval/pairs']} held-out pairs"
     if "eval/accuracy" in a:
         line += f": held-out accuracy {a['eval/accuracy']:.3f}"
     if "eval/worked" in a:
@@ -119,7 +125,7 @@ def evaluate(args, model, ref_model, tokenizer, task, full):
 
 def held_out_loss(args, model, tokenizer, examples):
     """Mean negative log-likelihood per token of held-out completions (or texts), in nats."""
-    examples = [e if "completion" in e else {"prompt": "", "completion": e["text"]} for e in examples]
+    examples = [{"prompt": e.get("prompt", ""), "completion": e.get("completion", e.get("chosen", e.get("text")))} for e in examples]
     b = data.collate(examples, tokenizer, args.device)
     logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"], b["completion_mask"])
     logprobs = logits.log_softmax(-1).gather(-1, b["completion_ids"].unsqueeze(-1)).squeeze(-1)
@@ -152,7 +158,7 @@ def pass_at_k(rewards, k):
 
 
 ROWS = [("accuracy, sampled", "eval/accuracy", 1), ("accuracy, greedy", "eval/greedy_accuracy", None),
-        ("pass@4", "eval/pass@4", 4), ("pass@16", "eval/pass@16", 16), ("out of distribution", "eval/ood_accuracy", 1),
+        ("pass@4", "eval/pass@4", 4), ("pass@16", "eval/pass@16", 16), ("out of distribution", "eval/ood_accuracy", 1), ("pairs ranked right", "eval/pair_accuracy", None),
         ("worked steps", "eval/worked", None), ("right when worked", "eval/accuracy_when_worked", None),
         ("completion length", "eval/mean_length", None), ("held-out nll", "eval/loss", None), ("KL to the start", "eval/kl", None)]
 

@@ -134,7 +134,7 @@ class SFT:
     @staticmethod
     def columns(config):
         """What a line of --data must have."""
-        return ("prompt", "completion") if config.source == "demos" else ("prompt", "answer")
+        return [("prompt", "completion"), ("text",)] if config.source == "demos" else [("prompt", "answer")]
 
     def examples(self, seed):
         """What the loop draws batches from: demonstrations, documents where every token is trained, or problems."""

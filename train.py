@@ -40,14 +40,18 @@ from tqdm import tqdm
 
 import data
 import report
+import rm
+from dft import DFT
+from dpo import DPO
 from grpo import GRPO
 from model import GPT, GPTConfig, InputError
+from ppo import PPO
 from sft import SFT
 
 PRETRAIN = dict(learning_rate=6e-3, max_steps=2000, batch_size=64, lr_scheduler_type="linear", warmup_steps=50,
                 weight_decay=0.1, logging_steps=100, eval_steps=500, save_steps=500)
-ALGORITHMS = {"pretrain": SFT, "sft": SFT, "grpo": GRPO}
-SHARED = {"pretrain": "Base model"}   # made on the way by whoever needs them, in a folder named for their settings
+ALGORITHMS = {"pretrain": SFT, "sft": SFT, "dft": DFT, "dpo": DPO, "rm": rm.RM, "ppo": PPO, "grpo": GRPO}
+SHARED = {"pretrain": "Base model", "rm": "Reward model"}   # made on the way by whoever needs them, in a folder named for their settings
 # Settings that change how a run is watched, not what it computes: they may differ between a run and its resumption.
 WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
             "out_dir", "top_k", "top_p"}
@@ -59,9 +63,10 @@ WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "loggi
 @dataclass
 class What:
     """what to run"""
-    algo: Annotated[Literal["pretrain", "sft", "grpo"], "the algorithm"] = "grpo"
+    algo: Annotated[Literal["pretrain", "sft", "dft", "dpo", "rm", "ppo", "grpo"], "the algorithm"] = "grpo"
     init_from: Annotated[str, "start from this checkpoint, a folder or a file; none: the task's base model"] = None
     base_seed: Annotated[int, "seed of the base model, apart from --seed"] = 0
+    reward_model: Annotated[str, "of --reward model: a folder or file of --algo rm; none: the task's, made first if need be"] = None
     resume: Annotated[bool, "go on where the run in the output folder stopped"] = False
     eval_only: Annotated[bool, "judge the model and stop"] = False
     sample: Annotated[str, "answer this prompt and stop"] = None
@@ -184,10 +189,12 @@ def parse_args(argv):
     names = [f.name for f in dataclasses.fields(ALGORITHMS[algo].Config)]
     config = ALGORITHMS[algo].Config(**{name: getattr(args, name) for name in names})
     if algo == "pretrain":
-        if "seed" in given and args.seed != args.base_seed:
-            raise InputError("--algo pretrain makes a base model, whose seed is --base_seed")
-        args.seed, args.completion_only, config.completion_only = args.base_seed, False, False
+        args.completion_only = config.completion_only = False
         config.num_documents = config.num_documents or args.max_steps * args.batch_size
+    if algo in SHARED:
+        if "seed" in given and args.seed != args.base_seed:
+            raise InputError(f"--algo {algo} makes a {SHARED[algo].lower()}, whose seed is --base_seed")
+        args.seed = args.base_seed
     for name in ("max_steps", "batch_size", "logging_steps", "eval_steps", "save_steps", "eval_problems"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: at least 1 is needed")
@@ -386,7 +393,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
 
     examples = algo.examples(args.seed)
     generator = torch.Generator(args.device)
-    bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo not in SHARED, mininterval=1)
+    bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo != "pretrain", mininterval=1)
     console, totals, tally = report.Console(), {}, dict(collect=0.0, train=0.0, sampled=0, trained=0)   # since the last line
     saved_at, start_step, loop_started = step if checkpoint else None, step, time.time()
     try:
@@ -468,11 +475,10 @@ def make_task(args, config, tokenizer, block_size):
         return task
     task = data.JsonLines(args.data, args.eval_data, args.max_new_tokens or 32)
     if not (args.eval_only or args.sample is not None):
-        columns = ALGORITHMS[args.algo].columns(config)
-        if "completion" in columns and "text" in task.train[0]:
-            columns = ("text",)
-        room = task.max_new_tokens if "answer" in columns else None      # where answers are sampled, they need room
-        task.require(*columns, room=room, tokenizer=tokenizer, block_size=block_size)
+        choices = ALGORITHMS[args.algo].columns(config)
+        columns = next((c for c in choices if set(c) <= set(task.train[0])), choices[0])
+        sampled = not {"text", "completion", "chosen"} & set(columns)                 # then answers need room
+        task.require(*columns, room=task.max_new_tokens if sampled else None, tokenizer=tokenizer, block_size=block_size)
     return task
 
 
@@ -512,7 +518,8 @@ def ensure(algo, args, shape, again):
         summary = read_json(os.path.join(its_args.out_dir, "summary.json"))
         print(f"{SHARED[algo]}: {its_args.out_dir} (made earlier in {summary['seconds']:.0f} s)", flush=True)
     else:
-        print(f"No {SHARED[algo].lower()} in {its_args.out_dir} yet: pre-training one first (once; every algorithm starts from it).", flush=True)
+        how = "pre-training one first (once; every algorithm starts from it)" if algo == "pretrain" else "training one first (once)"
+        print(f"No {SHARED[algo].lower()} in {its_args.out_dir} yet: {how}.", flush=True)
         if run(command, again) == 130:
             return None
         summary = read_json(os.path.join(its_args.out_dir, "summary.json"))
@@ -565,9 +572,12 @@ def run(argv, again=None):
     checkpoint, pretrain_seconds = None, 0.0
     if args.resume or shared and os.path.exists(path):
         checkpoint = read_checkpoint(path)
-        args.init_from = args.init_from or checkpoint.get("settings", {}).get("init_from")
+        for name in ("init_from", "reward_model"):
+            setattr(args, name, getattr(args, name) or checkpoint.get("settings", {}).get(name))
         check_same_settings(args, shape, checkpoint, path)
         model = build_model(args, checkpoint)
+        if model.config.scalar_head:   # of a reward model; the loop fills in the weights of both it and its sampler
+            model = GPT(dataclasses.replace(model.config, scalar_head=False)).to(args.device)
         if is_finished(args):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
@@ -588,9 +598,19 @@ def run(argv, again=None):
         for name, value in shape.items():
             if args.init_from and getattr(model.config, name) != getattr(GPTConfig(**{"vocab_size": 258, **shape}), name):
                 raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: leave the flag out")
+        if model.config.scalar_head:
+            raise InputError(f"{start} is a reward model, which cannot write; give it as --reward_model")
         if start_checkpoint.get("tokenizer", args.tokenizer) != args.tokenizer:
             raise InputError(f"{start} was trained with --tokenizer {start_checkpoint['tokenizer']}")
     task = make_task(args, config, tokenizer, model.config.block_size)
+    if "model" in getattr(config, "reward", "").split(",") and not judging:
+        made = (args.reward_model, None) if args.reward_model else ensure("rm", args, shape, again)
+        if made is None:
+            return 130
+        task.reward_model = build_model(args, read_checkpoint(made[0])).requires_grad_(False)
+        if not task.reward_model.config.scalar_head:
+            raise InputError(f"{made[0]} is no reward model: make one with --algo rm")
+        task.learned_reward = rm.scorer(task.reward_model, tokenizer)
     if args.sample is not None:
         report.sample_and_print(args, model, tokenizer, task)
         return 0
