@@ -158,7 +158,7 @@ class PPO:
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
     legend = ("The first ratio of a batch is exactly 1; it moves in the passes after that. value loss: the critic's, which has to "
-              "fall before\nadvantages mean anything. passes: how many were made before pi was target_kl away from pi_old.")
+              "fall before\nadvantages mean anything. moved: KL(pi_old || pi) per token within a batch; beyond target_kl no further pass is made.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task

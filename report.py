@@ -18,7 +18,7 @@ COLUMNS = [
     ("nll", "nll", "{:.3f}"), ("mean_weight", "weight", "{:.2f}"), ("frac_weight_near_zero", "unweighed", "{:.2f}"),
     ("kept", "kept", "{:.2f}"), ("rewards/chosen", "chosen", "{:+.2f}"), ("rewards/rejected", "rejected", "{:+.2f}"),
     ("rewards/margins", "margin", "{:.2f}"), ("skipped_pairs", "skipped", "{:.2f}"), ("accuracy", "accuracy", "{:.3f}"),
-    ("loss/value", "value loss", "{:.3f}"), ("passes", "passes", "{:.1f}"), ("eval/pair_accuracy", "heldout", "{:.3f}"),
+    ("loss/value", "value loss", "{:.3f}"), ("policy/approxkl", "moved", "{:.3f}"), ("eval/pair_accuracy", "heldout", "{:.3f}"),
     ("eval/accuracy", "heldout", "{:.3f}"), ("eval/loss", "heldout nll", "{:.3f}"), ("eval/worked", "worked", "{:.2f}"),
     ("completions/mean_length", "length", "{:.1f}"), ("eval/kl", "KL", "{:.2f}"), ("entropy", "entropy", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"), ("max_ratio", "ratio", "{:.2f}"), ("clip_ratio", "clipped", "{:.3f}"),

@@ -81,7 +81,7 @@ def test_one_line_and_exit_code_2(tiny_base, flags, expected):
     ("--xyzzy", "--xyzzy is unknown; --help"),
     ("word", "word is unknown"),
     ("--algo grop", "--algo grop is unknown: did you mean grpo?"),
-    ("--algo zzz", "--algo zzz is unknown; there are pretrain, sft, grpo"),
+    ("--algo zzz", "--algo zzz is unknown; there are pretrain, sft, dft, dpo, rm, ppo, grpo"),
     ("--algo", "--algo"),
     ("--max_steps", "--max_steps"),
     ("--max_steps ten", "--max_steps: invalid int value: 'ten'"),
