@@ -201,6 +201,44 @@ def finish(args, summary, algo):
               f"       python train.py --algo grpo --num_iterations 2{flags}      # see the ratio move")
 
 
+# Of a comparison: heading, where the number is in a run's summary, format.
+MEASURES = [("accuracy", ("after", "eval/accuracy"), "{:.3f}"), ("greedy", ("after", "eval/greedy_accuracy"), "{:.3f}"),
+            ("pass@16", ("after", "eval/pass@16"), "{:.3f}"), ("ood", ("after", "eval/ood_accuracy"), "{:.3f}"),
+            ("KL", ("after", "eval/kl"), "{:.2f}"), ("length", ("after", "eval/mean_length"), "{:.1f}"),
+            ("updates", ("updates",), "{:.0f}"), ("sampled", ("sampled_tokens",), "{:,.0f}"),
+            ("trained", ("trained_tokens",), "{:,.0f}"), ("seconds", ("seconds",), "{:.0f}"), ("MB", ("peak_memory_mb",), "{:.0f}")]
+
+
+def result_line(result):
+    a = result["after"]
+    found = f"held-out accuracy {a['eval/accuracy']:.3f}" if "eval/accuracy" in a else f"held-out nll {a['eval/loss']:.3f}"
+    return f"{result['variant']}, seed {result['seed']}: {found}, {result['steps']} steps in {result['seconds']:.0f} s"
+
+
+def comparison(results):
+    """The table of a comparison: a row a variant, each cell the mean over seeds and, behind +-, half of largest minus
+    smallest; the base first. Token counts and seconds are those of the run, without the base."""
+    def value(result, keys):
+        for key in keys:
+            result = result.get(key) if result is not None else None
+        return result
+
+    def cell(values, form):
+        values = [v for v in values if v is not None]
+        if not values:
+            return "-"
+        spread = (max(values) - min(values)) / 2
+        return form.format(sum(values) / len(values)) + (" +-" + form.format(spread) if len(values) > 1 and "," not in form and ".0" not in form else "")
+    rows = [["", *(title for title, _, _ in MEASURES)],
+            ["base", *(cell([value(results[0], ("before", *keys[1:]))] if keys[0] == "after" else [], form) for _, keys, form in MEASURES)]]
+    for variant in dict.fromkeys(r["variant"] for r in results):
+        mine = [r for r in results if r["variant"] == variant]
+        rows.append([variant, *(cell([value(r, keys) for r in mine], form) for _, keys, form in MEASURES)])
+    shown = [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in shown}
+    return "\n".join("  ".join(f"{row[i]:<{widths[i]}}" if i == 0 else f"{row[i]:>{widths[i]}}" for i in shown) for row in rows)
+
+
 def peak_memory_mb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -212,6 +250,9 @@ def peak_memory_mb():
 
 
 # -- picture ----------------------------------------------------------------------------------------------------------
+
+
+NO_PICTURE = "and for a picture of the curves: pip install matplotlib"
 
 
 def read_metrics(path):
@@ -227,14 +268,22 @@ def read_metrics(path):
     return lines
 
 
-def plot(out_dir):
-    """Draw curve.png from metrics.jsonl. Returns what to tell the reader about it."""
+def pyplot():
+    """matplotlib's pyplot, or None where it is not installed."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return "and for a picture of the curves: pip install matplotlib"
+        return None
+    return plt
+
+
+def plot(out_dir):
+    """Draw curve.png from metrics.jsonl. Returns what to tell the reader about it."""
+    plt = pyplot()
+    if plt is None:
+        return NO_PICTURE
     lines = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
     panels = [("accuracy", [("eval/accuracy", "held-out, sampled"), ("eval/ood_accuracy", "out of distribution"), ("reward", "training reward"),
                             ("eval/worked", "answers with worked steps")]),
@@ -258,3 +307,34 @@ def plot(out_dir):
     figure.savefig(os.path.join(out_dir, "curve.png"), dpi=120)
     plt.close(figure)
     return "curve.png"
+
+
+def plot_comparison(folder, results):
+    """Draw compare.png: held-out accuracy against updates and against sampled tokens, mean and range over seeds."""
+    plt = pyplot()
+    if plt is None:
+        return NO_PICTURE
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, name, label in zip(axes, ("updates", "sampled_tokens"), ("updates", "sampled tokens")):
+        for i, variant in enumerate(dict.fromkeys(r["variant"] for r in results)):
+            runs = [[line for line in read_metrics(os.path.join(r["folder"], "metrics.jsonl")) if "eval/accuracy" in line]
+                    for r in results if r["variant"] == variant]
+            points = list(zip(*runs))                      # [evaluation][seed]
+            x = [sum(line[name] for line in lines) / len(lines) for lines in points]
+            y = [[line["eval/accuracy"] for line in lines] for lines in points]
+            if not points:
+                continue
+            if name == "sampled_tokens" and x[-1] == 0:    # imitation samples nothing: its end is a level to compare with
+                axis.axhline(sum(y[-1]) / len(y[-1]), color=f"C{i}", linestyle=":", linewidth=1)
+                continue
+            axis.plot(x, [sum(v) / len(v) for v in y], color=f"C{i}", label=variant)
+            axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f"C{i}", alpha=0.2, linewidth=0)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out accuracy, sampled")
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].set_title("dotted: samples nothing", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, "compare.png"), dpi=120)
+    plt.close(figure)
+    return "compare.png"

@@ -7,6 +7,7 @@ project is driven from here, and nothing here knows an algorithm's mathematics.
     python train.py --algo pretrain                 make the base model, and nothing else
     python train.py --algo grpo --help              every flag, with its default and typical range
     python train.py --algo grpo --resume            go on where a run stopped
+    python train.py --algo sft,dft,dpo,dpo:sync_steps=inf,ppo,grpo --seeds 3      compare them, from the same base
     python train.py --init_from out/chain-grpo-0 --sample "7+5*3="        ask a model
     python train.py --init_from out/chain-grpo-0 --eval_only              judge a model
 
@@ -26,6 +27,7 @@ import random
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import typing
@@ -63,7 +65,9 @@ WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "loggi
 @dataclass
 class What:
     """what to run"""
-    algo: Annotated[Literal["pretrain", "sft", "dft", "dpo", "rm", "ppo", "grpo"], "the algorithm"] = "grpo"
+    algo: Annotated[Literal["pretrain", "sft", "dft", "dpo", "rm", "ppo", "grpo"],
+                    "the algorithm; a list, as in sft,dpo:sync_steps=inf,grpo, compares them"] = "grpo"
+    seeds: Annotated[int, "of a comparison: run each algorithm with seeds 0, 1, ..."] = 1
     init_from: Annotated[str, "start from this checkpoint, a folder or a file; none: the task's base model"] = None
     base_seed: Annotated[int, "seed of the base model, apart from --seed"] = 0
     reward_model: Annotated[str, "of --reward model: a folder or file of --algo rm; none: the task's, made first if need be"] = None
@@ -169,10 +173,17 @@ def make_parser(algo):
     return parser
 
 
+def underscores(argv):
+    """--learning-rate=1e-3 is --learning_rate=1e-3."""
+    def flag(word):
+        name, *value = word.split("=", 1)
+        return "=".join([name[:2] + name[2:].replace("-", "_"), *value]) if word.startswith("--") else word
+    return [flag(word) for word in argv]
+
+
 def parse_args(argv):
     """argv -> (args, algorithm config, {shape flags that were given}). Raises InputError with the nearest right name."""
-    argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") and "=" not in a else
-            "--" + a[2:].split("=")[0].replace("-", "_") + "=" + a.split("=", 1)[1] if a.startswith("--") else a for a in argv]
+    argv = underscores(argv)
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", default="grpo")
     algo = first.parse_known_args(argv)[0].algo
@@ -354,7 +365,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
         model.completion_logits = torch.compile(model.completion_logits, dynamic=True)
     path, metrics_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "metrics.jsonl"))
     settings = {**vars(args), "model_config": dataclasses.asdict(model.config)}
-    step, seconds, counts = 0, 0.0, {"sampled_tokens": 0, "trained_tokens": 0}
+    step, seconds, counts = 0, 0.0, {"updates": 0, "sampled_tokens": 0, "trained_tokens": 0}
     started = time.time()
 
     def evaluate(full):
@@ -414,6 +425,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
             try:
                 for minibatch in minibatches:
                     trained += update(args, algo, optimizer, minibatch, totals)
+                    counts["updates"] += 1
                 if step + 1 == args.max_steps or (step + 1) % args.save_steps == 0:   # never save, or end with, what has blown up
                     if not all(p.isfinite().all() for n in algo.networks.values() for p in n.parameters()):
                         raise FloatingPointError
@@ -553,9 +565,64 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} held an earlier run, which is now {out_dir}.{n} (--resume would have gone on with it)")
 
 
+def compare(argv):
+    """--algo a,b:flag=value,c --seeds N: run each N times from the same base and put the results into one table. What is
+    finished already is reused, what was interrupted goes on. Returns the exit code."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo", default="grpo")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out_dir")
+    asked, common = parser.parse_known_args(argv)
+    runs = []
+    for variant in asked.algo.split(","):
+        name, *flags = variant.split(":")
+        for seed in range(asked.seeds):
+            command = ["--algo", name, *(f"--{flag}" for flag in flags), *common, "--seed", str(seed)]
+            args, _, shape = parse_args(command)
+            pick_device(args)
+            if name in SHARED:
+                raise InputError(f"--algo {name} makes what the others start from and cannot be compared with them")
+            args.out_dir = f"out/{task_name(args)}-{re.sub('[^a-zA-Z0-9_.]+', '-', variant)}-{seed}"
+            runs.append((variant, args, shape, [*command, "--out_dir", args.out_dir]))
+    if not runs:
+        raise InputError(f"--seeds {asked.seeds}: at least 1 is needed")
+    again = f"python train.py {shlex.join(argv)}"
+    if args.init_from is None and ensure("pretrain", args, shape, again) is None:
+        return 130
+    folder, results = asked.out_dir or f"out/{task_name(args)}-compare", []
+    handler = signal.signal(signal.SIGINT, lambda *_: None)   # Ctrl-C reaches the run itself, which saves and ends with 130
+    bar = tqdm(runs, desc="runs", unit="run")
+    for variant, args, shape, command in bar:
+        path, same = os.path.join(args.out_dir, "ckpt.pt"), False
+        if os.path.exists(path):
+            try:
+                check_same_settings(args, shape, read_checkpoint(path), path)
+                same = read_json(os.path.join(args.out_dir, "config.json"))["eval_problems"] == args.eval_problems
+            except InputError:
+                pass
+        if not (same and is_finished(args)):
+            bar.set_postfix_str(f"{variant}, seed {args.seed}")
+            done = subprocess.run([sys.executable, __file__, *command, *(["--resume"] if same else [])],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode == 130:
+                print(f"\nstopped; go on with: {again}")
+                return 130
+            if done.returncode:
+                raise InputError(f"{variant}, seed {args.seed}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        results.append({"variant": variant, "folder": args.out_dir, **read_json(os.path.join(args.out_dir, "summary.json"))})
+        bar.write(report.result_line(results[-1]))
+    signal.signal(signal.SIGINT, handler)
+    write_text(os.path.join(folder, "compare.json"), json.dumps(results, indent=2) + "\n")
+    print("\n" + report.comparison(results) + f"\n\nfiles: {folder}/compare.json, {report.plot_comparison(folder, results)}")
+    return 0
+
+
 def run(argv, again=None):
     """Parse the command line and do what it says. Returns the exit code. `again` is the command that goes on with the run
     if it is interrupted; None: this one with --resume."""
+    argv = underscores(argv)
+    if any("," in b or ":" in b for a, b in zip(["--algo"] + argv, argv + [""]) if a == "--algo") or "--seeds" in argv:
+        return compare(argv)
     args, config, shape = parse_args(argv)
     pick_device(args)
     algorithm, judging = ALGORITHMS[args.algo], args.eval_only or args.sample is not None

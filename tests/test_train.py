@@ -403,7 +403,7 @@ def test_files(uninterrupted, case):
     assert set(os.listdir(folder)) == expected
     config, end = json.loads((folder / "config.json").read_text()), summary(folder)
     assert config["max_steps"] == 8 and config["algo"] == CASES[case][1] and config["model_config"]["n_embd"] == 16
-    assert set(end) == {"algo", "task", "seed", "steps", "seconds", "pretrain_seconds", "sampled_tokens",
+    assert set(end) == {"algo", "task", "seed", "steps", "seconds", "pretrain_seconds", "updates", "sampled_tokens",
                         "trained_tokens", "peak_memory_mb", "before", "after"}
     assert (end["algo"], end["task"], end["seed"], end["steps"]) == (CASES[case][1], "chain", 0, 8)
     assert end["trained_tokens"] > 0 and end["peak_memory_mb"] > 10 and end["seconds"] > 0
