@@ -31,8 +31,12 @@ class RMConfig:
     num_generations: Annotated[int, "answers per prompt to draw the pair from (2 to 64)"] = 8
     num_prompts: Annotated[int, "size of the finite set of prompts that are judged (200 to 100000)"] = 4000
     temperature: Annotated[float, "of sampling (0.7 to 1.2)"] = 1.0
+    reward: Annotated[str, "who judges: reward functions, comma-separated: verifier, format, brevity"] = "verifier"
+    reward_weights: Annotated[str, "their weights, comma-separated; empty: 1 each"] = ""
 
     def __post_init__(self):
+        if "model" in self.reward.split(","):
+            raise InputError("--reward model: a reward model cannot be its own judge")
         if self.num_generations < 2:
             raise InputError(f"--num_generations {self.num_generations}: a pair needs at least 2 answers")
         if self.num_prompts < 1:
@@ -83,7 +87,7 @@ class RM:
         self.model = model.with_scalar_head()
         self.networks, self.frozen = {"model": self.model}, {"sampler": ref_model}    # trained; kept as they are
         self.from_file = isinstance(task, data.JsonLines) and "chosen" in task.train[0]
-        self.rewards = None if self.from_file else data.Rewards(task, "verifier")
+        self.rewards = None if self.from_file else data.Rewards(task, config.reward, config.reward_weights)
 
     @staticmethod
     def columns(config):

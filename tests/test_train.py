@@ -33,10 +33,22 @@ from model import InputError
 from sft import SFT
 
 LOOP = ("--max_steps", 8, "--save_steps", 3, "--logging_steps", 1, "--eval_steps", 4, "--warmup_steps", 2)
-GRPO = ("--algo", "grpo", "--batch_size", 4, "--num_generations", 4, "--reward", "verifier,brevity")
+OWN = ("--batch_size", 4, "--num_generations", 4, "--reward", "verifier,brevity")
+GRPO = ("--algo", "grpo", *OWN)
 SFT_ = ("--algo", "sft", "--batch_size", 4, "--num_demonstrations", 10)   # no multiple of 4: epochs straddle batches
 CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE), "sft": SFT_, "grpo": GRPO,
-         "grpo, two passes and KL": (*GRPO, "--num_iterations", 2, "--beta", 0.05)}
+         "grpo, two passes and KL": (*GRPO, "--num_iterations", 2, "--beta", 0.05),
+         "sft, from itself": ("--algo", "sft", *OWN, "--source", "self", "--keep", "best", "--rounds", 3),
+         "dft, psft": ("--algo", "dft", "--batch_size", 4, "--num_demonstrations", 10, "--loss_type", "psft", "--sync_steps", 3),
+         "dpo, semi-online": ("--algo", "dpo", *OWN, "--pair_selection", "best_worst", "--sync_steps", 3, "--sync_ref"),
+         "ppo": ("--algo", "ppo", *OWN, "--num_mini_batches", 2, "--target_kl", 0),
+         "rm": ("--algo", "rm", *OWN)}
+UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
+LOGGED = {"pretrain": {"nll"}, "sft": {"nll"}, "dft": {"nll", "mean_weight", "frac_weight_near_zero"},
+          "dpo": {"reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "skipped_pairs"},
+          "ppo": {"reward", "loss/value", "loss/policy", "objective/kl", "policy/approxkl", "max_ratio"},
+          "rm": {"reward", "accuracy", "margin"},
+          "grpo": {"reward", "rewards/brevity/mean", "frac_reward_zero_std", "completions/mean_length"}}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +60,7 @@ def own_folder(tmp_path, monkeypatch):
 def flags(tiny_base):
     """flags(case) -> the flags of a run of 8 steps that saves at steps 3, 6 and 8; `start` as they all start."""
     def flags(case, *more):
-        start = () if case == "pretrain" else ("--init_from", tiny_base)
+        start = () if case == "pretrain" else ("--init_from", tiny_base)   # rm is of the base's shape
         return (*CASES[case], *start, *TASK, *LOOP, *more)
     return flags
 
@@ -123,6 +135,9 @@ train.run(sys.argv[4:])
     ("sft", "train", "update", 5, 3),
     ("grpo", "train", "update", 6, 3),
     ("grpo, two passes and KL", "train", "update", 10, 3),      # between the two passes of step 5
+    ("dpo, semi-online", "train", "update", 5, 3),              # sampler and reference are those of step 3
+    ("sft, from itself", "train", "update", 6, 3),
+    ("ppo", "train", "update", 18, 3),                          # actor, critic and one optimizer for both
     ("sft", "torch", "save", 2, 3),                             # while the checkpoint of step 6 is being written
     ("sft", "train", "write_text", 3, 8),                       # after the last checkpoint, before the summary
     ("pretrain", "train", "write_text", 3, 8),
@@ -155,7 +170,7 @@ def test_resume_after_ctrl_c(flags, uninterrupted, monkeypatch, capsys, case):
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", interrupted_update)
         assert run(*flags(case), "--out_dir", "run") == 130
-    step = 3 if "two passes" in case else 5
+    step = math.ceil(5 / UPDATES.get(case, 1))
     assert checkpoint("run")["step"] == step and [line["step"] for line in metrics("run")] == list(range(step + 1))
     said = re.search(r"go on with: python train.py (.*)", capsys.readouterr().out).group(1)
     assert train.run(shlex.split(said)) == 0                  # a person pastes it into a shell
@@ -256,8 +271,8 @@ def test_same_seed_same_run(flags, uninterrupted, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_another_seed_another_run(flags, uninterrupted, case):
-    """--seed (of a base model: --base_seed) changes the run, and every run moves the weights."""
-    assert run(*flags(case, "--base_seed" if case == "pretrain" else "--seed", 1), "--out_dir", "run") == 0
+    """--seed (of a base or reward model: --base_seed) changes the run, and every run moves the weights."""
+    assert run(*flags(case, "--base_seed" if case in ("pretrain", "rm") else "--seed", 1), "--out_dir", "run") == 0
     assert not close(weights("run"), weights(uninterrupted(case)), atol=1e-4)
 
 
@@ -277,24 +292,27 @@ def test_every_step_has_its_own_problems_and_its_own_draw(flags, monkeypatch):
     assert len({drawn for _, drawn in steps}) == 16
 
 
-@pytest.mark.parametrize("case", ["sft", "grpo", "grpo, two passes and KL"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("pretrain", "rm")])
 def test_training_moves_the_weights(uninterrupted, tiny_base, case):
     """Eight steps change every matrix by more than rounding could; else the comparisons above would prove nothing."""
     before, after = weights(tiny_base), weights(uninterrupted(case))
     assert all((before[name] - after[name]).abs().max() > 1e-3 for name in before if before[name].dim() == 2)
 
 
-@pytest.mark.parametrize("algo", [SFT_, (*GRPO, "--num_iterations", 2, "--beta", 0.05)], ids=["sft", "grpo"])
-def test_micro_batches_change_no_result(tiny_base, monkeypatch, algo):
-    """A batch in micro-batches of 3 rows, which divide neither 4 nor 16, trains to the same weights up to rounding."""
-    same_flags, sizes = (*algo, *TASK, "--init_from", tiny_base, "--max_steps", 4, "--warmup_steps", 0), []
-    run(*same_flags, "--out_dir", "whole")
-    owner = train.ALGORITHMS[algo[1]]
+@pytest.mark.parametrize("case", [case for case in CASES if case != "pretrain"])
+def test_micro_batches_change_no_result(tiny_base, monkeypatch, case):
+    """A batch in micro-batches of 3 rows (of 2 where pairs stay together) trains to the same weights up to rounding."""
+    flags = (*CASES[case], *TASK, "--init_from", tiny_base, "--max_steps", 4, "--warmup_steps", 0)
+    rows = []
+    run(*flags, "--out_dir", "whole")
+    owner = train.ALGORITHMS[CASES[case][1]]
     loss = owner.loss
-    monkeypatch.setattr(owner, "loss", lambda self, rows: sizes.append(len(rows["completion_ids"])) or loss(self, rows))
-    run(*same_flags, "--micro_batch_size", 3, "--out_dir", "split")
-    assert set(sizes) == {1, 3} and close(weights("whole"), weights("split"), atol=1e-5)
-    assert not close(weights("whole"), weights(tiny_base), atol=1e-3)
+    monkeypatch.setattr(owner, "loss", lambda self, micro: rows.append(len(micro["completion_ids"])) or loss(self, micro))
+    run(*flags, "--micro_batch_size", 3, "--out_dir", "split")
+    assert set(rows) <= ({2} if case[:3] in ("dpo", "rm") else {1, 2, 3}) and len(rows) > 4 * UPDATES.get(case, 1)
+    assert close(weights("whole"), weights("split"), atol=1e-4)
+    start = torch.load(tiny_base / "ckpt.pt", weights_only=True)["model"]
+    assert case == "rm" or not close(weights("whole"), start, atol=1e-3)
 
 
 def test_learning_rate_by_hand():
@@ -407,16 +425,19 @@ def test_files(uninterrupted, case):
                         "trained_tokens", "peak_memory_mb", "before", "after"}
     assert (end["algo"], end["task"], end["seed"], end["steps"]) == (CASES[case][1], "chain", 0, 8)
     assert end["trained_tokens"] > 0 and end["peak_memory_mb"] > 10 and end["seconds"] > 0
-    assert (end["sampled_tokens"] > 0) == (end["algo"] == "grpo")
-    for when in ("before", "after"):
-        assert {"eval/accuracy", "eval/greedy_accuracy", "eval/ood_accuracy", "eval/pass@16"} <= set(end[when])
     lines = metrics(folder)
-    assert all({"step", "seconds", "sampled_tokens", "trained_tokens"} <= set(line) for line in lines)
-    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 4, 8]
-    assert ("eval/kl" in lines[-1]) == (case != "pretrain")
-    own = {"reward", "rewards/brevity/mean", "frac_reward_zero_std", "completions/mean_length"}
-    own |= {"kl", "max_ratio"} if "KL" in case else set()
-    assert own <= set(lines[1]) if end["algo"] == "grpo" else "nll" in lines[1]
+    assert end["updates"] == 8 * UPDATES.get(case, 1)
+    assert (end["sampled_tokens"] > 0) == ("reward" in lines[1])
+    assert all({"step", "seconds", "updates", "sampled_tokens", "trained_tokens"} <= set(line) for line in lines)
+    assert LOGGED[end["algo"]] <= set(lines[1]) and ("kl" in lines[1]) == ("KL" in case)
+    judged = "eval/accuracy"
+    if case == "rm":
+        judged = "eval/pair_accuracy"
+    else:
+        for when in ("before", "after"):
+            assert {"eval/accuracy", "eval/greedy_accuracy", "eval/ood_accuracy", "eval/pass@16"} <= set(end[when])
+        assert ("eval/kl" in lines[-1]) == (case != "pretrain")
+    assert [line["step"] for line in lines if judged in line] == [0, 4, 8]
     assert lines[-1]["trained_tokens"] == end["trained_tokens"]
     assert not picture or (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     saved = checkpoint(folder)
@@ -578,28 +599,27 @@ def learn(small_base, seed, *flags):
 
 
 def test_the_small_base_is_mediocre(small_base):
-    """Measured: sampled accuracy .57; worked steps in .33 of the answers, right .87 of the time. Room to learn."""
+    """Measured: sampled accuracy .61; worked steps in .28 of the answers, right .9 of the time. Room to learn."""
     after = summary(small_base)["after"]
     assert 0.4 < after["eval/accuracy"] < 0.7
     assert after["eval/worked"] < 0.5 and after["eval/accuracy_when_worked"] > 0.75
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_grpo_learns(small_base, seed):
-    """25 steps of GRPO from .57: .85 to .90 measured for seeds 0 to 2, by working out .98 of the answers, not .33."""
-    end = learn(small_base, seed, "--algo", "grpo", "--max_steps", 25, "--batch_size", 16, "--num_generations", 8)
-    before, after = end["before"], end["after"]
-    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.2
-    assert after["eval/worked"] > before["eval/worked"] + 0.4
+ONLINE = ("--batch_size", 16, "--num_generations", 8, "--max_steps", 25)
+LEARNERS = {"sft": ("--algo", "sft", "--max_steps", 30), "dft": ("--algo", "dft", "--max_steps", 30),
+            "sft, from itself": ("--algo", "sft", "--source", "self", "--rounds", 25, *ONLINE),
+            "dpo": ("--algo", "dpo", *ONLINE), "ppo": ("--algo", "ppo", *ONLINE), "grpo": ("--algo", "grpo", *ONLINE)}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sft_learns(small_base, seed):
-    """30 steps of SFT from .57: .90 to .91 measured for seeds 0 to 2, by working out every answer, as demonstrated."""
-    end = learn(small_base, seed, "--algo", "sft", "--max_steps", 30)
+@pytest.mark.parametrize("case", LEARNERS)
+def test_every_algorithm_learns(small_base, seed, case):
+    """25 to 30 steps gain at least .12 in held-out accuracy, by working answers out. From .61, measured for seeds 0 to 2:
+    sft .92 to .95, dft .94 to .96, sft from itself .77 to .86, dpo .77 to .89, ppo .82 to .86, grpo .86 to .90."""
+    end = learn(small_base, seed, *LEARNERS[case])
     before, after = end["before"], end["after"]
-    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.2
-    assert after["eval/worked"] > 0.9
+    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.12
+    assert after["eval/worked"] > before["eval/worked"] + 0.2
 
 
 @pytest.mark.slow
