@@ -591,27 +591,28 @@ def compare(argv):
         return 130
     folder, results = asked.out_dir or f"out/{task_name(args)}-compare", []
     handler = signal.signal(signal.SIGINT, lambda *_: None)   # Ctrl-C reaches the run itself, which saves and ends with 130
-    bar = tqdm(runs, desc="runs", unit="run")
-    for variant, args, shape, command in bar:
-        path, same = os.path.join(args.out_dir, "ckpt.pt"), False
-        if os.path.exists(path):
-            try:
-                check_same_settings(args, shape, read_checkpoint(path), path)
-                same = read_json(os.path.join(args.out_dir, "config.json"))["eval_problems"] == args.eval_problems
-            except InputError:
-                pass
-        if not (same and is_finished(args)):
-            bar.set_postfix_str(f"{variant}, seed {args.seed}")
-            done = subprocess.run([sys.executable, __file__, *command, *(["--resume"] if same else [])],
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode == 130:
-                print(f"\nstopped; go on with: {again}")
-                return 130
-            if done.returncode:
-                raise InputError(f"{variant}, seed {args.seed}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-        results.append({"variant": variant, "folder": args.out_dir, **read_json(os.path.join(args.out_dir, "summary.json"))})
-        bar.write(report.result_line(results[-1]))
-    signal.signal(signal.SIGINT, handler)
+    try:
+        for variant, args, shape, command in (bar := tqdm(runs, desc="runs", unit="run")):
+            path, same = os.path.join(args.out_dir, "ckpt.pt"), False
+            if os.path.exists(path):
+                try:
+                    check_same_settings(args, shape, read_checkpoint(path), path)
+                    same = read_json(os.path.join(args.out_dir, "config.json"))["eval_problems"] == args.eval_problems
+                except InputError:
+                    pass
+            if not (same and is_finished(args)):
+                bar.set_postfix_str(f"{variant}, seed {args.seed}")
+                done = subprocess.run([sys.executable, __file__, *command, *(["--resume"] if same else [])],
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                if done.returncode == 130:
+                    print(f"\nstopped; go on with: {again}")
+                    return 130
+                if done.returncode:
+                    raise InputError(f"{variant}, seed {args.seed}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            results.append({"variant": variant, "folder": args.out_dir, **read_json(os.path.join(args.out_dir, "summary.json"))})
+            bar.write(report.result_line(results[-1]))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     write_text(os.path.join(folder, "compare.json"), json.dumps(results, indent=2) + "\n")
     print("\n" + report.comparison(results) + f"\n\nfiles: {folder}/compare.json, {report.plot_comparison(folder, results)}")
     return 0
