@@ -11,6 +11,7 @@ import sys
 import torch
 
 import data
+from model import InputError
 
 # Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if the run has the metric.
 COLUMNS = [
@@ -141,6 +142,103 @@ def sample_and_print(args, model, tokenizer, task):
                                  tokenizer.pad_id, n, temperature, args.top_k, args.top_p, generator)
         for ids, truncated in zip(samples.completion_ids.tolist(), samples.truncated.tolist()):
             print(f"{'greedy ' if temperature == 0 else 'sampled'}  {args.sample}{tokenizer.decode(ids)}{' ...' if truncated else ''}")
+
+
+# -- token by token ---------------------------------------------------------------------------------------------------
+
+
+def gradient_weights(algo, minibatch):
+    """What an algorithm does to each token: -dL/d(logit of that token) (B, T), by autograd through its own loss, and the
+    token's log-probability (B, T). Plain SFT gives (1 - p) / N; a negative number pushes the token down."""
+    model, seen = algo.networks["model"], []
+    forward = model.completion_logits
+
+    def record(*inputs, **options):
+        seen.append(forward(*inputs, **options))
+        seen[-1].retain_grad()
+        return seen[-1]
+    model.completion_logits = record
+    try:
+        algo.loss(minibatch)[0].backward()
+    finally:
+        del model.completion_logits   # the method of the class is visible again
+    for network in algo.networks.values():
+        network.zero_grad()
+    ids = minibatch["completion_ids"].unsqueeze(-1)
+    return -seen[0].grad.gather(-1, ids).squeeze(-1), seen[0].detach().log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+
+def first_minibatch(algo, examples, generator):
+    """The first minibatch of a step that has a gradient at all."""
+    batch, _ = algo.collect(examples, generator, 0)
+    minibatch = next((m for m in algo.minibatches(batch) if m is not None), None)
+    if minibatch is None:
+        raise InputError("no token of this batch has a gradient (all answers were judged alike); try another --seed")
+    return minibatch
+
+
+def token_text(tokenizer, token):
+    return "<end>" if token == tokenizer.eos_id else repr(tokenizer.decode([token]))[1:-1]
+
+
+def colour(text, value):
+    """Green for what is pushed up, red for what is pushed down, if anybody sees colours."""
+    if not sys.stdout.isatty() or abs(value) < 5e-6:
+        return text
+    return f"\033[{32 if value > 0 else 31}m{text}\033[0m"
+
+
+def inspect(args, algo, examples, generator, rows=4):
+    """--inspect: the first rows of one batch, token by token, as aligned text."""
+    algo.micro_batch_size, algo.max_steps, tokenizer = 0, args.max_steps, algo.tokenizer
+    minibatch = first_minibatch(algo, examples, generator)
+    weight, logprobs = gradient_weights(algo, minibatch)
+    lines = ["trained: whether the loss sees the token   ratio: pi/pi_old   weight: -dL/d(logit of the token), by autograd"]
+    for b in range(min(rows, len(weight))):
+        p = minibatch["prompt_index"][b]
+        prompt = minibatch["prompt_ids"][p][minibatch["prompt_mask"][p]].tolist()[1:]
+        lines += ["", f"{'token':<8}{'trained':>8}{'logprob':>10}{'prob':>8}{'ratio':>8}{'advantage':>11}{'weight':>12}"]
+        lines += [f"{token_text(tokenizer, t):<8}{'no':>8}" for t in prompt]
+        for t in minibatch["completion_mask"][b].nonzero().flatten().tolist():
+            lp, w = logprobs[b, t].item(), weight[b, t].item()
+            old = minibatch["old_logprobs"][b, t].item() if "old_logprobs" in minibatch else lp
+            advantage = minibatch["advantages"][b] if "advantages" in minibatch else None
+            shown = "-" if advantage is None else f"{(advantage[t] if advantage.dim() else advantage).item():+.3f}"
+            token = token_text(tokenizer, minibatch["completion_ids"][b, t].item())
+            lines.append(f"{token:<8}{'yes':>8}{lp:>10.3f}{math.exp(lp):>8.3f}{math.exp(lp - old):>8.3f}{shown:>11}"
+                         + colour(f"{w:>+12.6f}", w))
+    return "\n".join(lines)
+
+
+def inspect_all(args, algos, examples, generator):
+    """--inspect all: the same answers under every algorithm, side by side. algos {name: algorithm}, each of which is given
+    the very same samples; of the first group with a right and a wrong answer, one of each is shown."""
+    algo = algos["grpo"]
+    rewards = data.Rewards(algo.task, "verifier")
+    batch, metrics = data.rollout(algo.model, algo.tokenizer, algo.task, rewards, examples, algo.config.num_generations, 1.0, generator)
+    batch["row"] = torch.arange(len(batch["rewards"]), device=algo.model.device)
+    logprobs, columns, rollout = {}, {}, data.rollout
+    for name, algo in algos.items():
+        algo.micro_batch_size, algo.max_steps = 0, args.max_steps
+        data.rollout = lambda *inputs, **options: (dict(batch), dict(metrics))
+        try:
+            minibatch = first_minibatch(algo, examples, generator)
+        finally:
+            data.rollout = rollout
+        weight, lp = gradient_weights(algo, minibatch)
+        columns[name] = {row: weight[i] for i, row in enumerate(minibatch["row"].tolist())}
+        logprobs |= {row: lp[i] for i, row in enumerate(minibatch["row"].tolist())}
+    in_pairs = sorted(columns["dpo"], key=lambda row: (row // algo.config.num_generations, -batch["rewards"][row].item()))[:2]
+    lines = ["weight of each token's gradient, -dL/d(logit of the token), in thousandths; the same answers under every algorithm"]
+    for row in in_pairs:
+        prompt = batch["prompt_ids"][batch["prompt_index"][row]][batch["prompt_mask"][batch["prompt_index"][row]]].tolist()[1:]
+        text = "".join(token_text(algo.tokenizer, t) for t in prompt)
+        lines += ["", f"{text}  reward {batch['rewards'][row]:g}", f"{'token':<8}{'prob':>8}" + "".join(f"{name:>10}" for name in columns)]
+        for t in batch["completion_mask"][row].nonzero().flatten().tolist():
+            cells = [1000 * found[row][t].item() if row in found else 0.0 for found in columns.values()]
+            token = token_text(algo.tokenizer, batch["completion_ids"][row, t].item())
+            lines.append(f"{token:<8}{logprobs[row][t].exp().item():>8.3f}" + "".join(colour(f"{c:>+10.3f}", c) for c in cells))
+    return "\n".join(lines)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ project is driven from here, and nothing here knows an algorithm's mathematics.
     python train.py --algo sft,dft,dpo,dpo:sync_steps=inf,ppo,grpo --seeds 3      compare them, from the same base
     python train.py --init_from out/chain-grpo-0 --sample "7+5*3="        ask a model
     python train.py --init_from out/chain-grpo-0 --eval_only              judge a model
+    python train.py --algo dft --inspect            one batch, token by token; --inspect all: under every algorithm
 
 A run leaves in its folder (out/<task>-<algo>-<seed>, or --out_dir): config.json, every setting; metrics.jsonl, one JSON
 object a line; ckpt.pt, a dict whose "model" is the state dict; at the end summary.json and, with matplotlib, curve.png.
@@ -55,7 +56,7 @@ PRETRAIN = dict(learning_rate=6e-3, max_steps=2000, batch_size=64, lr_scheduler_
 ALGORITHMS = {"pretrain": SFT, "sft": SFT, "dft": DFT, "dpo": DPO, "rm": rm.RM, "ppo": PPO, "grpo": GRPO}
 SHARED = {"pretrain": "Base model", "rm": "Reward model"}   # made on the way by whoever needs them, in a folder named for their settings
 # Settings that change how a run is watched, not what it computes: they may differ between a run and its resumption.
-WATCHING = {"resume", "eval_only", "sample", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
+WATCHING = {"resume", "eval_only", "sample", "inspect", "max_minutes", "save_steps", "logging_steps", "eval_steps", "eval_problems",
             "out_dir", "top_k", "top_p"}
 
 # -- flags ------------------------------------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ class What:
     resume: Annotated[bool, "go on where the run in the output folder stopped"] = False
     eval_only: Annotated[bool, "judge the model and stop"] = False
     sample: Annotated[str, "answer this prompt and stop"] = None
+    inspect: Annotated[str, "show a batch token by token, with the weight of each gradient, and stop; all: every algorithm's"] = None
 
 
 @dataclass
@@ -157,6 +159,8 @@ def add_fields(group, config_class, defaults={}, suppress=False):
             kwargs = dict(type=boolean, nargs="?", const=True, metavar="true|false")
         else:
             kwargs = dict(type=number if kind is float else kind, metavar=kind.__name__)
+        if field.name == "inspect":
+            kwargs = dict(choices=("one", "all"), nargs="?", const="one")
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS if suppress else default, help=f"{text} [{shown}]", **kwargs)
 
 
@@ -688,6 +692,9 @@ def run(argv, again=None):
 
     ref_model = None if args.algo == "pretrain" else copy.deepcopy(model).requires_grad_(False)
     algo = algorithm(config, model, ref_model, tokenizer, task)
+    if args.inspect:
+        print(inspect(args, algo, ref_model))
+        return 0
     if checkpoint is None and not shared:
         keep_earlier_run(args.out_dir)
     if args.algo != "pretrain":
@@ -700,6 +707,21 @@ def run(argv, again=None):
     if outermost:
         report.finish(args, summary, algo)
     return 0
+
+
+def inspect(args, algo, ref_model):
+    """--inspect: what a step would do to each token of its batch."""
+    if args.algo in SHARED:
+        raise InputError(f"--inspect shows what a policy is taught; --algo {args.algo} has none")
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    if args.inspect == "one":
+        examples = algo.examples(args.seed)
+        examples = [examples[i] for i in data.batch_indices(len(examples), args.batch_size, 0, args.seed)]
+        return report.inspect(args, algo, examples, generator)
+    own = {"sft": dict(source="self"), "dft": dict(source="self")}   # on the same answers: those that were right
+    algos = {name: ALGORITHMS[name](ALGORITHMS[name].Config(**own.get(name, {})), copy.deepcopy(algo.model), ref_model,
+                                    algo.tokenizer, algo.task) for name in ("sft", "dft", "dpo", "ppo", "grpo")}
+    return report.inspect_all(args, algos, algos["grpo"].examples(args.seed)[:8], generator)
 
 
 def main():
