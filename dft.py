@@ -32,7 +32,6 @@ On the policy's own verified answers (--source self) DFT is the paper's offline 
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -171,7 +170,8 @@ class DFT:
             self.old_model.load_state_dict(self.model.state_dict())
         if config.source == "demos":
             return data.collate(examples, self.tokenizer, self.model.device), {}
-        if step % math.ceil(self.max_steps / config.rounds) == 0:
+        rounds = min(config.rounds, self.max_steps)
+        if step * rounds // self.max_steps > (step - 1) * rounds // self.max_steps:   # a round begins
             self.sampler.load_state_dict(self.model.state_dict())
         batch, metrics = data.rollout(self.sampler, self.tokenizer, self.task, self.rewards, examples,
                                       config.num_generations, config.temperature, generator)

@@ -32,7 +32,6 @@ kept is that of log(success rate), which is REINFORCE without its negative half.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -149,8 +148,9 @@ class SFT:
         config = self.config
         if config.source == "demos":
             return data.collate(examples, self.tokenizer, self.model.device), {}
-        round_steps = math.ceil(self.max_steps / config.rounds)
-        if step % round_steps == 0:
+        rounds = min(config.rounds, self.max_steps)
+        this_round = step * rounds // self.max_steps               # rounds of equal length, to within a step
+        if this_round > (step - 1) * rounds // self.max_steps:     # a new one: the sampler becomes the policy
             self.sampler.load_state_dict(self.model.state_dict())
             if config.restart and step > 0:
                 self.model.load_state_dict(self.ref_model.state_dict())
@@ -160,7 +160,7 @@ class SFT:
         rewards = batch.pop("rewards").view(len(examples), -1)                                 # (P, G)
         threshold = config.threshold
         if config.threshold_start is not None:
-            done = (step // round_steps) / max(config.rounds - 1, 1)
+            done = this_round / max(rounds - 1, 1)
             threshold = config.threshold_start + (threshold - config.threshold_start) * done
         weights = kept(rewards, config.keep, threshold) if config.weighting == "none" else awr_weights(rewards, config.awr_beta)
         metrics["kept"] = ((weights > 0).sum(), weights.numel())
