@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import grpo
+import report
 import sft
 
 END, LENGTH = 2, 3
@@ -382,3 +383,92 @@ def test_other_gradients_by_finite_differences():
     ref = token_logprobs(table(3)).detach()
     assert torch.autograd.gradcheck(lambda z: sft.token_loss(token_logprobs(z)), LOGITS)
     assert torch.autograd.gradcheck(lambda z: grpo.k3(token_logprobs(z), ref), LOGITS)
+
+
+# -- off-policy ratios ------------------------------------------------------------------------------------------------
+
+
+OLD = table(1)                                                                    # another policy, which sampled
+PI_OLD = sequence_logprobs(OLD).exp().detach()
+
+
+def off_policy_gradient(losses):
+    """The gradient that samples of OLD give in expectation."""
+    return gradient((losses * MASK * PI_OLD[:, None]).sum(), LOGITS)
+
+
+def whole_answer_ratio():
+    """pi(y) / pi_old(y), detached, (15,)."""
+    return (sequence_logprobs(LOGITS).detach() - sequence_logprobs(OLD).detach()).exp()
+
+
+def test_the_product_of_ratios_is_an_exact_importance_weight():
+    """E_old[pi(y)/pi_old(y) A grad log pi] = grad E_pi[A]: CISPO's weights, with no clip and A times what its own token
+    ratio lacks of the whole answer's, give the on-policy gradient exactly (Precup et al. 2000)."""
+    lp, old = token_logprobs(LOGITS), token_logprobs(OLD).detach()
+    rest = whole_answer_ratio()[:, None] / (lp.detach() - old).exp()              # the other tokens' ratios, (15, 3)
+    losses = torch.stack([grpo.policy_loss(lp, old, REWARD * rest[:, t], MASK, epsilon_high=1e9, loss_type="cispo")[0][:, t]
+                          for t in range(LENGTH)], dim=1)
+    assert close(off_policy_gradient(losses), -GRAD_J)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_token_and_gspo_ratios_are_biased_off_policy(level):
+    """Ratios of single tokens, and GSPO's geometric mean, leave out that the rest of the answer was sampled by another
+    policy: off-policy the expected gradient is not that of J. Here it is off by more than a tenth of its length, and at
+    pi_old = pi by nothing (2507.18071, section 4.1; the survey does not say so)."""
+    lp = token_logprobs(LOGITS)
+    scale = torch.ones(15, 1, dtype=torch.float64) if level == "token" else 1 / LENGTHS[:, None]
+    flags = dict(epsilon=1.0, epsilon_high=1e9, importance_sampling_level=level)
+    losses, _, _ = grpo.policy_loss(lp, token_logprobs(OLD).detach(), REWARD, MASK, **flags)
+    exact = gradient((PI_OLD * whole_answer_ratio() * REWARD * (scale[:, 0] * sequence_logprobs(LOGITS))).sum(), LOGITS)
+    error = (off_policy_gradient(losses * scale) + exact).norm() / exact.norm()
+    assert error > 0.1
+    losses, _, _ = grpo.policy_loss(lp, lp.detach(), REWARD, MASK, **flags)
+    on_policy = gradient((PI.detach() * REWARD * (scale[:, 0] * sequence_logprobs(LOGITS))).sum(), LOGITS)
+    assert close(gradient(expected(losses * scale, PI), LOGITS), -on_policy)
+
+
+# -- self-training and judging ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_best_of_n(n):
+    """The best of n samples has the law F(r)^n - F(r-)^n, and its KL to the policy is at most log n - (n - 1)/n
+    (2401.01879, theorem 1): enumerated over all 15^n groups, chosen by sft.kept."""
+    groups = torch.tensor(list(itertools.product(range(15), repeat=n)))           # (15^n, n)
+    chosen = (groups * sft.kept(REWARD[groups], keep="best").long()).sum(1)       # (15^n,)
+    law = torch.zeros(15, dtype=torch.float64).index_add(0, chosen, PI.detach()[groups].prod(1))
+    order = REWARD.argsort()
+    cdf = PI.detach()[order].cumsum(0)
+    assert close(law[order], cdf ** n - (cdf - PI.detach()[order]) ** n)
+    kl = (law * (law / PI.detach()).log()).sum()
+    assert 0.1 < kl <= math.log(n) - (n - 1) / n
+
+
+def test_pass_at_k_is_unbiased():
+    """E over c ~ Binomial(n, p) of 1 - C(n-c, k)/C(n, k) is 1 - (1 - p)^k exactly (2107.03374, eq. 1)."""
+    n, p = 6, 0.3
+    for k in range(1, n + 1):
+        mean = sum(math.comb(n, c) * p ** c * (1 - p) ** (n - c) * report.pass_at_k(torch.tensor([[1.0] * c + [0.0] * (n - c)]), k)
+                   for c in range(n + 1))
+        assert mean == pytest.approx(1 - (1 - p) ** k, abs=1e-9)
+
+
+# -- entropy ----------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_falls_by_the_covariance_of_log_probability_and_advantage():
+    """One natural-gradient step, dz = eta A, at a single state changes the entropy by -eta Cov(log pi, A) to first order
+    (2505.22617, survey section 3.2): a policy gradient that favours what is likely already is what makes it collapse."""
+    z, advantage = LOGITS[0].detach().requires_grad_(), torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+    lp, eta = z.log_softmax(-1), 1e-6                                              # three answers of one token each
+    losses, _, _ = grpo.policy_loss(lp[:, None], lp[:, None].detach(), advantage, torch.ones(3, 1).bool())
+    natural = -gradient((losses[:, 0] * lp.exp().detach()).sum(), z) / lp.exp().detach()   # the Fisher matrix undone
+
+    def entropy(logits):
+        return -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
+    slope = (entropy(z + eta * natural) - entropy(z - eta * natural)) / (2 * eta)
+    pi = lp.exp()
+    covariance = (pi * lp * advantage).sum() - (pi * lp).sum() * (pi * advantage).sum()
+    assert slope.item() == pytest.approx(-covariance.item(), abs=1e-8) and abs(covariance) > 0.01
