@@ -139,7 +139,7 @@ class Chain:
 
     @staticmethod
     def final_answer(completion):
-        return re.split("[;=]", completion)[-1]
+        return re.split("[;=]", completion)[-1] or None
 
     @staticmethod
     def is_worked(prompt, completion):
@@ -291,9 +291,12 @@ class JsonLines:
                                  f"(the line has {', '.join(sorted(set(row) - {'line', 'file'})) or 'none'})")
             if any(not isinstance(row[c], str) for c in columns if c != "label"):
                 raise InputError(f"{where}: column {next(c for c in columns if not isinstance(row[c], str))!r} is not text")
+            if "label" in columns and row["label"] not in (True, False):
+                raise InputError(f"{where}: column 'label' is neither true nor false")
             if tokenizer is not None:
-                texts = [row[c] for c in columns if c in ("text", "prompt", "completion")]
-                used = sum(len(tokenizer.encode(text)) for text in texts) + (room if room is not None else 1) + 1
+                tokens = {c: len(tokenizer.encode(row[c])) for c in columns if c not in ("label", "answer")}
+                longest = max((n for c, n in tokens.items() if c != "prompt"), default=0)      # of chosen and rejected
+                used = tokens.get("prompt", 0) + longest + (room if room is not None else 1) + 1
                 if used > block_size:
                     raise InputError(f"{where}: {used} tokens do not fit --block_size {block_size}"
                                      + (f" ({room} of them for --max_new_tokens)" if room is not None else ""))
@@ -397,8 +400,9 @@ def majority(task, prompts, completions):
     votes = {}
     for prompt, completion in zip(prompts, completions):
         votes.setdefault(prompt, []).append(task.final_answer(completion))
-    winners = {prompt: max(answers, key=answers.count) for prompt, answers in votes.items()}
-    return [float(task.final_answer(c) == winners[p]) for p, c in zip(prompts, completions)]
+    votes = {prompt: [a for a in answers if a is not None] for prompt, answers in votes.items()}   # None: no answer
+    winners = {prompt: max(answers, key=answers.count) for prompt, answers in votes.items() if answers}
+    return [float(p in winners and task.final_answer(c) == winners[p]) for p, c in zip(prompts, completions)]
 
 
 def reward_functions(task, names):

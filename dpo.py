@@ -24,7 +24,7 @@ semi-online (2506.21495). Each setting meets the same prompts, draws as many ans
     hinge         max(0, 1 - beta m)                                                  SLiC 2305.10425, RSO 2309.06657, eq. 11
     ipo           (m - 1 / (2 beta))^2                                                2310.12036, eq. 17
     kto           1 - sigma(+-(beta h - z0)) of each answer by itself                 2402.01306, eq. 7-8: no pairs needed
-    cpo           - log sigma(beta [log pi(chosen) - log pi(rejected)]) + nll(chosen) 2401.08417, eq. 5-6: no reference
+    cpo           - log sigma(beta [log pi(chosen) - log pi(rejected)]) + nll(chosen) 2401.08417, eq. 5-6; nll per token: no reference
     simpo         - log sigma(beta [mean log pi(chosen) - mean log pi(rejected)] - gamma)      2405.14734, eq. 6
     orpo          nll(chosen) - beta log sigma(log odds(chosen) - log odds(rejected))          2403.07691, eq. 6-7
 """
@@ -151,14 +151,15 @@ class DPO:
     micro_batch_size = 0         # set by the loop: rows per forward pass, 0: all
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
-    legend = ("The loss starts at log 2 = .693. chosen, rejected: beta log pi/pi_ref of the answers; margin: their difference. Both "
-              "may fall\nwhile the margin grows: the loss asks for no more than that, and --rpo_alpha 1 for more.")
+    legend = ("The loss (of sigmoid) starts at log 2 = .693. chosen, rejected: beta log pi/pi_ref of the answers; margin: their\n"
+              "difference. Both may fall while the margin grows: the loss asks for no more than that, and --rpo_alpha 1 for more.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
         self.rows_together = 1 if config.loss_type == "kto" else 2    # chosen and rejected follow each other
         self.networks, self.frozen = {"model": model}, {"ref_model": ref_model}    # trained; kept as they are
-        self.from_file = isinstance(task, data.JsonLines) and ("chosen" in task.train[0] or "label" in task.train[0])
+        needed = next((c for c in self.columns(config) if isinstance(task, data.JsonLines) and set(c) <= set(task.train[0])), ())
+        self.single, self.from_file = "label" in needed, bool({"label", "chosen"} & set(needed))    # what the file holds
         if not self.from_file:
             if config.num_generations < 2:
                 raise InputError(f"--num_generations {config.num_generations}: a pair needs at least 2 answers")
@@ -170,7 +171,8 @@ class DPO:
     @staticmethod
     def columns(config):
         """What a line of --data must have: preferences, or for answers of the policy's own what the reward needs."""
-        pairs, single, judged = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label"), ("prompt", "answer")
+        pairs, single, judged = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label"), ("prompt",)
+        judged += ("answer",) if "verifier" in config.reward.split(",") else ()
         return [pairs, single, judged] if config.loss_type == "kto" else [pairs, judged]
 
     def examples(self, seed):
@@ -183,7 +185,7 @@ class DPO:
         renew = step == 0 or step % config.sync_steps == 0
         if renew and config.sync_ref:
             self.ref_model.load_state_dict(self.model.state_dict())
-        if self.from_file and "label" in examples[0]:
+        if self.single:
             batch = data.collate(examples, self.tokenizer, device)
             return {**batch, "label": torch.tensor([bool(e["label"]) for e in examples], device=device)}, {}
         if self.from_file:
@@ -214,7 +216,10 @@ class DPO:
             batch["ref_logps"] = self.rescore(self.ref_model, batch)                           # (B,)
         if config.loss_type == "kto":
             # z0 estimates beta KL(pi || pi_ref) from answers to other prompts: each row gets the prompt of two rows before.
-            mismatched = {**batch, "prompt_index": batch["prompt_index"].roll(2 if n > 2 else 1)}
+            # An answer that does not fit after that prompt stays with its own.
+            own, other = batch["prompt_index"], batch["prompt_index"].roll(2 if n > 2 else 1)
+            fits = batch["prompt_mask"].sum(-1)[other] + batch["completion_mask"].sum(-1) <= self.model.config.block_size
+            mismatched = {**batch, "prompt_index": torch.where(fits, other, own)}
             kl = self.rescore(self.model, mismatched) - self.rescore(self.ref_model, mismatched)
             batch["z0"] = (config.beta * kl.mean()).clamp(min=0).expand(n)
         return [batch]

@@ -311,7 +311,7 @@ class GPT(nn.Module):
     def with_scalar_head(self):
         """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
         if self.config.scalar_head:
-            return copy.deepcopy(self)
+            return copy.deepcopy(self).requires_grad_(True)
         model = GPT(replace(self.config, scalar_head=True)).to(self.device)
         model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
         model.skip_padding = self.skip_padding

@@ -24,7 +24,8 @@ not the KL but a sample of it.
 An answer that ran out of tokens has no last token: nobody knows what it was worth. --truncation decides:
 
     terminal   it ends there: the score of what was written, less missing_eos_penalty, and nothing after it
-    bootstrap  it goes on unseen: no score, and the critic's V after the last token stands for the rest
+    bootstrap  it goes on unseen: no score, and the critic's V after the last token stands for the rest (a policy that
+               never ends an answer thus never sees a score)
     mask       it is left out of both losses
 """
 
@@ -183,6 +184,8 @@ class PPO:
         order = torch.randperm(len(batch["rewards"]), generator=generator, device=self.model.device)
         batch = data.take_rows(batch, order)   # so that a part of the batch is a random part
         scores, truncated, mask = batch.pop("rewards"), batch.pop("truncated"), batch["completion_mask"]   # (B,), (B,), (B, T)
+        if config.truncation == "mask":   # before anything is scored, for training will read the masked batch
+            batch["completion_mask"] = mask = mask & ~truncated[:, None]
         values, old_logprobs, ref_logprobs = self.rescore(batch)                          # (B, T + 1), (B, T), (B, T)
         last_values = torch.zeros_like(scores)
         if config.truncation == "terminal":
@@ -191,10 +194,8 @@ class PPO:
             scores, last_values = scores * ~truncated, values[:, -1] * truncated
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, config.kl_coef)
         advantages, returns = gae(rewards, values[:, :-1], mask, last_values, config.gamma, config.lam)
-        if config.truncation == "mask":
-            batch["completion_mask"] = mask = mask & ~truncated[:, None]
         kl = ((old_logprobs - ref_logprobs) * mask).sum(-1)                               # (B,) k1, summed per answer
-        metrics["objective/kl"] = (kl.sum(), len(kl))
+        metrics["objective/kl"] = (kl.sum(), mask.any(-1).sum())
         if config.whiten_advantages and mask.any():
             advantages = whiten(advantages, mask)
         return {**batch, "old_logprobs": old_logprobs, "old_values": values[:, :-1], "advantages": advantages,

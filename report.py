@@ -97,7 +97,8 @@ def evaluate(args, model, ref_model, tokenizer, task, full):
         if not problems:
             return {}
         if isinstance(task, data.JsonLines) and "answer" not in task.columns:
-            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)}
+            written = all({"completion", "chosen", "text"} & set(p) for p in problems)   # else prompts alone: nothing to judge by
+            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)} if written else {}
         n = 16 if full else 1
         batch, samples, texts, rewards = answers(args, model, tokenizer, task, problems, n)
         result = {"eval/accuracy": rewards.mean().item()}
@@ -117,7 +118,7 @@ def evaluate(args, model, ref_model, tokenizer, task, full):
             logp, logq = (m.completion_logits(batch["prompt_ids"], batch["prompt_mask"], ids, mask).log_softmax(-1)
                           for m in (model, ref_model))
             kl = (logp.exp() * (logp - logq)).sum(-1)                                             # (B, T)
-            result["eval/kl"] = ((kl * mask).sum() / len(ids)).item()
+            result["eval/kl"] = max(0.0, ((kl * mask).sum() / len(ids)).item())                   # rounding may fall below 0
         ood = data.problems(task, "ood", args.eval_problems, args.seed)
         if ood:
             result["eval/ood_accuracy"] = answers(args, model, tokenizer, task, ood, 4 if full else 1)[3].mean().item()
@@ -291,6 +292,8 @@ def finish(args, summary, algo):
     print(f"files: {args.out_dir}/ckpt.pt, metrics.jsonl, summary.json, {plot(args.out_dir)}")
     if args.algo == "pretrain":
         print(f"next:  python train.py --algo grpo --init_from {args.out_dir}")
+    elif args.algo == "rm":
+        print(f"next:  python train.py --algo ppo --reward model --reward_model {args.out_dir}")
     else:
         flags = "" if args.data is None else f" --data {args.data}"
         other = "sft" if args.algo == "grpo" else "grpo"

@@ -63,11 +63,18 @@ def answer_rewards(model, batch):
 
 
 def scorer(model, tokenizer):
-    """A reward model as a reward function like any other: reward(prompts, completions, **columns) -> list[float]."""
+    """A reward model as a reward function like any other: reward(prompts, completions, **columns) -> list[float].
+
+    It reads texts, each with an <end>, also where the policy ran out of tokens before it wrote one.
+    """
     @torch.no_grad()
     def reward(prompts, completions, **columns):
         examples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions)]
-        return answer_rewards(model, data.collate(examples, tokenizer, model.device)).tolist()
+        batch = data.collate(examples, tokenizer, model.device)
+        room = model.config.block_size - batch["prompt_mask"].sum(-1, keepdim=True)            # (B, 1)
+        # What does not fit is not read: broken UTF-8 takes three bytes where the policy wrote one.
+        batch["completion_mask"] &= torch.arange(batch["completion_mask"].shape[1], device=model.device) < room
+        return answer_rewards(model, batch).tolist()
     return reward
 
 

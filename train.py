@@ -507,8 +507,8 @@ def shared_command(args, shape, algo):
     flags = ["--algo", algo]
     for name in ("task", "tokenizer", "base_seed", "min_terms", "max_terms", "device", "dtype", "eval_problems"):
         flags += [f"--{name}", str(getattr(args, name))]
-    if algo != "pretrain" and args.init_from:
-        flags += ["--init_from", args.init_from]
+    for name in ("init_from", "data", "eval_data", "max_new_tokens") if algo != "pretrain" else ():
+        flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
     return flags + [word for name, value in shape.items() for word in (f"--{name}", str(value))]
 
 
@@ -650,6 +650,7 @@ def run(argv, again=None):
         model = build_model(args, checkpoint)
         if model.config.scalar_head:   # of a reward model; the loop fills in the weights of both it and its sampler
             model = GPT(dataclasses.replace(model.config, scalar_head=False)).to(args.device)
+            model.skip_padding = args.device == "cpu"
         if is_finished(args):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
@@ -680,8 +681,8 @@ def run(argv, again=None):
         if made is None:
             return 130
         task.reward_model = build_model(args, read_checkpoint(made[0])).requires_grad_(False)
-        if not task.reward_model.config.scalar_head:
-            raise InputError(f"{made[0]} is no reward model: make one with --algo rm")
+        if not task.reward_model.config.scalar_head or task.reward_model.config.vocab_size != model.config.vocab_size:
+            raise InputError(f"{made[0]} is no reward model for this tokenizer: make one with --algo rm")
         task.learned_reward = rm.scorer(task.reward_model, tokenizer)
     if args.sample is not None:
         report.sample_and_print(args, model, tokenizer, task)

@@ -1,7 +1,7 @@
 """
 Imitation: dft.py, and what sft.py makes of a policy's own samples.
 
-The mathematics is checked on the world of test_losses.py (15 sequences, 7 prefixes, a table of logits, float64), where
+The mathematics is checked on the world of test_identities.py (15 sequences, 7 prefixes, a table of logits, float64), where
 every expectation is a finite sum: the DFT and SFT classes get all 15 sequences as one batch, weighted by probabilities,
 and autograd differentiates a closed form beside it. The bookkeeping (what is trained, padding, micro-batches, rounds)
 is checked on the tiny model of test_grpo.py.
@@ -24,7 +24,7 @@ from sft import SFT, SFTConfig
 from test_grpo import float64  # noqa: F401  (a fixture)
 from test_grpo import (DEMONSTRATIONS, PROBLEMS, Letters, check_invariance, coin, loss_and_gradient, make_sft, move,
                        read, same, same_results, tiny_model, training_args)
-from test_losses import (GRAD_J, LENGTHS, LOGITS, MASK, PI, PREFIXES, REWARD, SEQUENCES, STATE, TOKEN, close, expected,
+from test_identities import (GRAD_J, LENGTHS, LOGITS, MASK, PI, PREFIXES, REWARD, SEQUENCES, STATE, TOKEN, close, expected,
                          gradient, sequence_logprobs, table, token_logprobs)
 
 LOSS_TYPES = ["dft", "dft_sequence", "power", "chord", "iw_sft", "psft", "asft", "gem"]

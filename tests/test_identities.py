@@ -1,5 +1,6 @@
 """
-The mathematics of sft.py and grpo.py on a world small enough to write down, in float64.
+The survey's identities, first part: the mathematics of sft.py and grpo.py on a world small enough to write down, in
+float64. test_imitation.py (dft.py, self-training), test_dpo.py and test_ppo.py go on in the same world.
 
 Vocabulary {0, 1, END}; a sequence ends at END or after three tokens: 15 sequences, 7 prefixes. The policy is a (7, 3)
 table of logits. Every expectation is then a finite sum, so the tests compare exact numbers and nothing is sampled: the
