@@ -580,3 +580,14 @@ def test_an_empty_text_is_a_document(jsonl):
     """{"text": ""} is an empty document, of which only <end> is trained."""
     task = JsonLines(jsonl({"text": ""}, {"text": "a"}), jsonl({"text": "b"}, name="eval.jsonl"))
     assert [e["completion"] for e in data.documents(task, 0, 0)] == ["", "a"]
+
+
+def test_a_real_token_may_equal_the_pad_id():
+    """The mask knows where padding is and never asks what is written there: a tokenizer whose padding is the letter a."""
+    class Letters:
+        eos_id, pad_id = 26, 0
+
+        def encode(self, text):
+            return [ord(c) - 97 for c in text]
+    batch = data.collate([{"prompt": "a", "completion": "aba"}, {"prompt": "bb", "completion": "a"}], Letters())
+    assert batch["completion_mask"].sum(-1).tolist() == [4, 2] and batch["prompt_mask"].sum(-1).tolist() == [2, 3]
