@@ -281,11 +281,11 @@ def finish(args, summary, algo):
         print("\n" + table([("before", summary["before"]), ("after", summary["after"])], task))
     if ref_model is not None and "eval/accuracy" in summary["after"]:
         (was, was_right), (now, now_right) = ((texts, [r > 0.5 for r in rewards.flatten()]) for _, _, texts, rewards in (
-            answers(args, m, algo.tokenizer, task, problems, temperature=0) for m in (ref_model, model)))
+            answers(args, m, algo.tokenizer, task, problems) for m in (ref_model, model)))
         width = max(map(len, ["before", *was])) + 3
-        print(f"\n{'problem (greedy answers)':<26}{'before':<{width}}    after")
+        print(f"\n{'problem (sampled answers)':<27}{'before':<{width}}    after")
         for problem, *cells in zip(problems, was, was_right, now, now_right):
-            print(f"{problem['prompt']:<26}{cells[0]:<{width}}{'ok' if cells[1] else 'x':<4}{cells[2]}  {'ok' if cells[3] else 'x'}")
+            print(f"{problem['prompt']:<27}{cells[0]:<{width}}{'ok' if cells[1] else 'x':<4}{cells[2]}  {'ok' if cells[3] else 'x'}")
     made = f", after {duration(summary['pretrain_seconds'])} of pre-training" if summary["pretrain_seconds"] else ""
     print(f"\n{summary['steps']} steps in {duration(summary['seconds'])}{made}; "
           f"{summary['sampled_tokens']:,} tokens sampled, {summary['trained_tokens']:,} trained on")
