@@ -205,6 +205,8 @@ def test_groups_do_not_see_each_other_but_a_batch_deviation_does():
     assert close(grpo.group_advantages(rewards, advantage_eps=1e-12), [[s, -s], [0, 0]], 1e-6)
     b = 0.5 / (17 / 4) ** 0.5
     assert close(grpo.group_advantages(rewards, scale_rewards="batch", advantage_eps=0), [[b, -b], [0, 0]], 1e-6)
+    b = 0.5 / ((17 / 4) ** 0.5 + 0.5)
+    assert close(grpo.group_advantages(rewards, scale_rewards="batch", advantage_eps=0.5), [[b, -b], [0, 0]], 1e-6)
     found = grpo.group_advantages(rewards, "remax", "none", greedy_rewards=torch.tensor([1.0, 3.0]))
     assert found.tolist() == [[0, -1], [1, 1]]
 
@@ -293,6 +295,13 @@ def test_gspo_ratio_is_the_geometric_mean():
     assert close(ratio, [[math.exp(0.2)] * 3, [math.exp(0.3)] * 3])
     assert close(losses, [[math.exp(0.2)] * 3, [-2.4] * 3])
     assert clipped.tolist() == [[False] * 3, [True] * 3]                                 # e^.3 = 1.35 is above 1.2
+
+
+def test_gspo_of_an_answer_that_is_left_out_is_finite():
+    """A row without a token in the loss (a masked truncated answer) has ratio 1 and no 0/0."""
+    lp = torch.full((1, 3), -2.0, dtype=torch.float64)
+    losses, ratio, clipped = grpo.policy_loss(lp, lp - 1, torch.ones(1), torch.zeros(1, 3).bool(), importance_sampling_level="sequence")
+    assert close(ratio, 1) and losses.isfinite().all() and not clipped.any()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
