@@ -734,6 +734,9 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         code = 130
+    except BrokenPipeError:    # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:   # a full disk, a folder that may not be read
         print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         code = 2
