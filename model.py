@@ -118,8 +118,8 @@ class CausalSelfAttention(nn.Module):
         sampling it is a buffer as long as the whole sequence, of which `filled` columns are in use, written in place.
         """
         N, T, hd = len(x), padding.T, self.config.head_dim
-        q = rotate(self.q_norm(self.q_proj(x).view(N, -1, hd)), cos, sin)       # (N, nh, hd)
-        k = rotate(self.k_norm(self.k_proj(x).view(N, -1, hd)), cos, sin)       # (N, nkv, hd)
+        q = rotate(self.q_norm(self.q_proj(x).float().view(N, -1, hd)), cos, sin)   # (N, nh, hd), norm and turn in float32
+        k = rotate(self.k_norm(self.k_proj(x).float().view(N, -1, hd)), cos, sin)   # (N, nkv, hd)
         v = self.v_proj(x).view(N, -1, hd)                                      # (N, nkv, hd)
         q, k, v = (padding.spread(t).transpose(1, 2) for t in (q, k.to(v.dtype), v))  # (B, heads, T, hd)
         if past is not None and filled is None:
