@@ -295,9 +295,9 @@ def finish(args, summary, algo):
     elif args.algo == "rm":
         print(f"next:  python train.py --algo ppo --reward model --reward_model {args.out_dir}")
     else:
-        flags = "" if args.data is None else f" --data {args.data}"
+        flags = f" --data {args.data}" if args.data else f" --task {args.task}" if args.task != "chain" else ""
         other = "sft" if args.algo == "grpo" else "grpo"
-        print(f"next:  python train.py --init_from {args.out_dir} --sample \"{problems[0].get('prompt', 'text') if problems else 'text'}\"\n"
+        print(f"next:  python train.py --init_from {args.out_dir}{flags} --sample \"{problems[0].get('prompt', 'text') if problems else 'text'}\"\n"
               f"       python train.py --algo {other}{flags}\n"
               f"       python train.py --algo grpo --num_iterations 2{flags}      # see the ratio move")
 
