@@ -329,6 +329,18 @@ def test_k3_is_a_nonnegative_unbiased_estimate():
     assert grpo.k3(torch.tensor(-2.0), torch.tensor(-1.0)).item() == pytest.approx(math.e - 2)     # e^1 - 1 - 1
 
 
+def test_estimators_of_the_kl_as_losses_of_whole_answers():
+    """On log-ratios of whole answers, differentiated on the policy's samples: k1 has no expected gradient at all, k2 has
+    that of KL(pi || ref), and k3 that of KL(ref || pi), the other way round (joschu.net/blog/kl-approx.html has them as values; the survey does not say so)."""
+    log_pi, log_ref = sequence_logprobs(LOGITS), sequence_logprobs(table(2)).detach()
+    reverse = gradient((PI * (log_pi - log_ref)).sum(), LOGITS)
+    forward = gradient((log_ref.exp() * (log_ref - log_pi)).sum(), LOGITS)
+    k1 = gradient((PI.detach() * (log_pi - log_ref)).sum(), LOGITS)
+    k2 = gradient((PI.detach() * (log_pi - log_ref) ** 2 / 2).sum(), LOGITS)
+    k3 = gradient((PI.detach() * grpo.k3(log_pi, log_ref)).sum(), LOGITS)
+    assert close(k1, 0) and close(k2, reverse) and close(k3, forward) and not close(forward, reverse, 0.01)
+
+
 def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl():
     """Differentiated on the policy's samples, summed per token, k3 gives sum_s d(s) grad KL(ref(.|s) || pi(.|s)) with
     the visits d(s) held fixed: the forward KL, not the reverse one that its value estimates (docstring of grpo.k3)."""
