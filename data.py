@@ -246,6 +246,7 @@ def value(expression):
         return None
 
 
+WHERE = "<where>"    # the name of a column that no file has: where a row was read, `my.jsonl, line 3`
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -273,7 +274,7 @@ class JsonLines:
         if not self.train:
             raise InputError(f"{path}: no line is left to train on once one in ten is held out; give --eval_data as well")
         common = set.intersection(*(set(row) for row in rows + self.test))
-        self.columns = tuple(sorted(common - {"prompt", "completion", "text", "line", "file"}))
+        self.columns = tuple(sorted(common - {"prompt", "completion", "text", WHERE}))
 
     @staticmethod
     def name_of(path):
@@ -284,11 +285,11 @@ class JsonLines:
         """Raise InputError, naming file, line and reason, for the first line that lacks one of the columns or whose
         tokens, with `room` more to be sampled and the two <end>s around them, exceed block_size."""
         for row in self.train + self.test:
-            where = f"{row['file']}, line {row['line']}"
+            where = row[WHERE]
             missing = [c for c in columns if c not in row]
             if missing:
                 raise InputError(f"{where}: no column {missing[0]!r}, which this algorithm needs "
-                                 f"(the line has {', '.join(sorted(set(row) - {'line', 'file'})) or 'none'})")
+                                 f"(the line has {', '.join(sorted(set(row) - {WHERE})) or 'none'})")
             if any(not isinstance(row[c], str) for c in columns if c != "label"):
                 raise InputError(f"{where}: column {next(c for c in columns if not isinstance(row[c], str))!r} is not text")
             if "label" in columns and row["label"] not in (True, False):
@@ -316,7 +317,7 @@ class JsonLines:
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl file, each with its `file` and `line`. Raises InputError naming file, line and reason."""
+    """The objects of a .jsonl file, each with its place under the name WHERE. Raises InputError naming file, line and reason."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")
@@ -334,7 +335,7 @@ def read_jsonl(path):
             raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply, or a number too long')})") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
-        rows.append({**row, "file": str(path), "line": number})
+        rows.append({**row, WHERE: f"{path}, line {number}"})
     if not rows:
         raise InputError(f"{path}: the file is empty; it needs one JSON object a line")
     return rows

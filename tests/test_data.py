@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from fractions import Fraction
 
 import pytest
@@ -295,8 +296,8 @@ def questions(n, **columns):
 def test_read_jsonl_counts_lines_as_an_editor_does(jsonl):
     """Blank lines are skipped but counted, Windows line ends do no harm, each row knows its file and line."""
     path = jsonl({"prompt": "a"}, "", '{"prompt": "b\u2028c"}\r')
-    assert data.read_jsonl(path) == [{"prompt": "a", "file": path, "line": 1},
-                                     {"prompt": "b\u2028c", "file": path, "line": 3}]
+    assert data.read_jsonl(path) == [{"prompt": "a", data.WHERE: f"{path}, line 1"},
+                                     {"prompt": "b\u2028c", data.WHERE: f"{path}, line 3"}]
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -591,3 +592,12 @@ def test_a_real_token_may_equal_the_pad_id():
             return [ord(c) - 97 for c in text]
     batch = data.collate([{"prompt": "a", "completion": "aba"}, {"prompt": "bb", "completion": "a"}], Letters())
     assert batch["completion_mask"].sum(-1).tolist() == [4, 2] and batch["prompt_mask"].sum(-1).tolist() == [2, 3]
+
+
+def test_columns_called_line_and_file_are_the_users(jsonl):
+    """They reach the reward as they are, and a complaint still knows where the row stands."""
+    path = jsonl(*[{"prompt": f"p{i}", "answer": "1", "line": "x", "file": "y"} for i in range(30)])
+    task = JsonLines(path)
+    assert {"line", "file", "answer"} <= set(task.columns) and task.train[0]["line"] == "x"
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}, line \\d+: no column 'chosen'"):
+        task.require("chosen")
