@@ -332,7 +332,8 @@ def read_jsonl(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:   # ValueError: not JSON, or a number of thousands of digits
-            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply, or a number too long')})") from None
+            reason = getattr(error, "msg", "nested too deeply, or a number too long")
+            raise InputError(f"{path}, line {number}: not JSON ({reason})") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
         rows.append({**row, WHERE: f"{path}, line {number}"})
@@ -438,7 +439,7 @@ class Rewards:
 
     def __call__(self, examples, completions):
         """Examples and completions, one a row -> the total (B,) and each reward by name {name: (B,)}. What the verifier
-        says is always among them, trained on or not, under the name true_reward: over-optimisation shows in the gap."""
+        says is always among them; where it is not trained on, as true_reward: over-optimisation shows in the gap."""
         columns = {name: [e[name] for e in examples] for name in self.task.columns}
         prompts = [e["prompt"] for e in examples]
         each = {name: torch.tensor(f(prompts, completions, **columns)) for name, f in self.functions.items()}

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import InputError
+from model import check
 
 
 @dataclass
@@ -65,15 +65,8 @@ class DFTConfig:
     threshold: Annotated[float, "self: the reward that an answer must reach"] = 1.0
 
     def __post_init__(self):
-        for name in ("sync_steps", "num_demonstrations", "num_generations", "num_prompts", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("alpha", "epsilon", "epsilon_high", "anchor_coef", "iw_temperature"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number of at least 0 is needed")
-        for name in ("temperature", "gem_temperature", "iw_max"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number above 0 is needed")
+        check(self, at_least_1="sync_steps num_demonstrations num_generations num_prompts rounds",
+              at_least_0="alpha epsilon epsilon_high anchor_coef iw_temperature", above_0="temperature gem_temperature iw_max")
 
 
 # -- pure functions ---------------------------------------------------------------------------------------------------
@@ -155,7 +148,9 @@ class DFT:
     @staticmethod
     def columns(config):
         """What a line of --data must have."""
-        return [("prompt", "completion"), ("text",)] if config.source == "demos" else [("prompt", "answer")]
+        if config.source == "demos":
+            return [("prompt", "completion"), ("text",)]
+        return [("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)]
 
     def examples(self, seed):
         """What the loop draws batches from: demonstrations, or problems."""

@@ -23,10 +23,11 @@ semi-online (2506.21495). Each setting meets the same prompts, draws as many ans
     robust        the same, corrected so that flipped labels cancel on average        2403.00409, eq. 12
     hinge         max(0, 1 - beta m)                                                  SLiC 2305.10425, RSO 2309.06657, eq. 11
     ipo           (m - 1 / (2 beta))^2                                                2310.12036, eq. 17
-    kto           1 - sigma(+-(beta h - z0)) of each answer by itself                 2402.01306, eq. 7-8: no pairs needed
-    cpo           - log sigma(beta [log pi(chosen) - log pi(rejected)]) + nll(chosen) 2401.08417, eq. 5-6; nll per token: no reference
+    kto           1 - sigma(+-(beta h - z0)) of each answer by itself                 2402.01306, eq. 7-8; needs no pairs
+    cpo           - log sigma(beta [log pi(chosen) - log pi(rejected)]) + nll(chosen) 2401.08417, eq. 5-6; here nll per token
     simpo         - log sigma(beta [mean log pi(chosen) - mean log pi(rejected)] - gamma)      2405.14734, eq. 6
     orpo          nll(chosen) - beta log sigma(log odds(chosen) - log odds(rejected))          2403.07691, eq. 6-7
+    (cpo, simpo and orpo have no reference)
 """
 
 import copy
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import InputError
+from model import InputError, check
 
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 
@@ -68,15 +69,8 @@ class DPOConfig:
         if self.sync_steps != "inf" and (not self.sync_steps.isdecimal() or int(self.sync_steps) < 1):
             raise InputError(f"--sync_steps {self.sync_steps}: a whole number of updates, or inf, is needed")
         self.sync_steps = math.inf if self.sync_steps == "inf" else int(self.sync_steps)
-        for name in ("num_generations", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("beta", "temperature", "rso_beta"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number above 0 is needed")
-        for name in ("simpo_gamma", "desirable_weight", "undesirable_weight", "rpo_alpha"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number of at least 0 is needed")
+        check(self, at_least_1="num_generations num_prompts", at_least_0="simpo_gamma desirable_weight undesirable_weight rpo_alpha",
+              above_0="beta temperature rso_beta")
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"--label_smoothing {self.label_smoothing}: from 0 to below .5, where labels say nothing any more")
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
@@ -182,7 +176,7 @@ class DPO:
     def collect(self, examples, generator, step=0):
         """Pairs to train on, in rows chosen, rejected, chosen, rejected, ...; for kto single answers with a label."""
         config, device = self.config, self.model.device
-        renew = step == 0 or step % config.sync_steps == 0
+        renew = step % config.sync_steps == 0   # with inf at step 0 alone
         if renew and config.sync_ref:
             self.ref_model.load_state_dict(self.model.state_dict())
         if self.single:

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import InputError
+from model import InputError, check
 
 
 @dataclass
@@ -66,16 +66,10 @@ class GRPOConfig:
     num_prompts: Annotated[int, "size of the finite set of training problems (500 to 100000)"] = 4000
 
     def __post_init__(self):
-        for name in ("num_generations", "num_iterations", "num_minibatches", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("epsilon", "epsilon_high", "beta", "advantage_eps"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number of at least 0 is needed")
+        check(self, at_least_1="num_generations num_iterations num_minibatches num_prompts",
+              at_least_0="epsilon epsilon_high beta advantage_eps", above_0="temperature")
         if self.std_correction not in (0, 1):
             raise InputError(f"--std_correction {self.std_correction}: 1 (sample) or 0 (population) is needed")
-        if self.temperature <= 0:
-            raise InputError(f"--temperature {self.temperature}: training samples at a temperature above 0")
         if self.num_generations == 1 and (self.advantage in ("group", "rloo") or self.scale_rewards == "group"):
             raise InputError("--num_generations 1 leaves a group nothing to compare with: raise it, or use "
                              "--advantage reinforce (or remax) with --scale_rewards none (or batch)")
@@ -95,8 +89,9 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
     Worked example, rewards [1, 0, 0, 0]: mean 1/4; minus the mean [.75, -.25, -.25, -.25]; sample standard deviation
     .5; advantages [1.5, -.5, -.5, -.5]. RLOO compares with the other three: [1, -1/3, -1/3, -1/3], 4/3 of the above.
 
-    For group and rloo, a group whose rewards are all equal teaches nothing and gets exactly 0. It is recognised by max = min: the mean of
-    equal floats need not be that float, and a residue of 1e-9 over a deviation of 1e-9 would be a full-sized advantage.
+    For group and rloo, a group whose rewards are all equal teaches nothing and gets exactly 0. It is recognised by
+    max = min: the mean of equal floats need not be that float, and a residue of 1e-9 over a deviation of 1e-9 would be a
+    full-sized advantage.
     """
     G = rewards.shape[1]
     flat = (rewards.max(1).values == rewards.min(1).values)[:, None]      # (P, 1)
@@ -177,7 +172,9 @@ class GRPO:
     rows_together = 1            # each row's loss stands alone once its advantage is known
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
-    legend = "The loss is no measure of progress: at ratio 1 it is minus the mean advantage, 0 but for the weights of the tokens."
+    legend = ("entropy: of the next token, over the rows trained on   ratio: largest pi/pi_old   flat: share of groups whose rewards\n"
+              "are all equal, which teach nothing\n"
+              "The loss is no measure of progress: at ratio 1 it is minus the mean advantage, 0 but for the weights of the tokens.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task

@@ -29,6 +29,16 @@ class InputError(ValueError):
     """Something that the person at the keyboard can put right. train.py prints it as one line and exits with code 2."""
 
 
+def check(config, at_least_1="", at_least_0="", above_0=""):
+    """Raise InputError for the first of the config's named fields that is too small; names are separated by blanks."""
+    for names, fits, what in ((at_least_1, lambda value: value >= 1, "at least 1"),
+                              (at_least_0, lambda value: value >= 0, "a number of at least 0"),
+                              (above_0, lambda value: value > 0, "a number above 0")):
+        for name in names.split():
+            if not fits(getattr(config, name)):
+                raise InputError(f"--{name} {getattr(config, name)}: {what} is needed")
+
+
 @dataclass
 class GPTConfig:
     """The shape of the model; two models of one config can load each other's weights."""

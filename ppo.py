@@ -7,6 +7,7 @@ PPO: proximal policy optimisation with a critic, the algorithm of RLHF.
 
     L(theta) = - 1/N sum_i sum_t min( r_it A_it, clip(r_it, 1 - cliprange, 1 + cliprange) A_it )        (1707.06347, eq. 7)
     L(phi)   =   1/N sum_i sum_t 1/2 max( (V_it - R_it)^2, (clip(V_it, V_old +- cliprange_value) - R_it)^2 )
+    what is minimised is L(theta) + vf_coef L(phi), each by a network of its own
 
     reward_t = - kl_coef (log pi_old(y_t) - log pi_ref(y_t)), and the answer's score on its last token     (2203.02155, eq. 2)
     delta_t  = reward_t + gamma V(s_t+1) - V(s_t)
@@ -21,7 +22,7 @@ at which things turned. That costs a second network, and the critic has to learn
 the reward it has the gradient of the KL itself. The estimate logged as objective/kl may be negative on a batch; it is
 not the KL but a sample of it.
 
-An answer that ran out of tokens has no last token: nobody knows what it was worth. --truncation decides:
+An answer that ran out of tokens has no <end>: nobody knows what it would have been worth. --truncation decides:
 
     terminal   it ends there: the score of what was written, less missing_eos_penalty, and nothing after it
     bootstrap  it goes on unseen: no score, and the critic's V after the last token stands for the rest (a policy that
@@ -36,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import InputError
+from model import InputError, check
 
 
 @dataclass
@@ -60,17 +61,11 @@ class PPOConfig:
     num_prompts: Annotated[int, "size of the finite set of training problems (500 to 100000)"] = 4000
 
     def __post_init__(self):
-        for name in ("num_generations", "num_ppo_epochs", "num_mini_batches", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "target_kl", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: a number of at least 0 is needed")
+        check(self, at_least_1="num_generations num_ppo_epochs num_mini_batches num_prompts", above_0="temperature",
+              at_least_0="kl_coef cliprange cliprange_value vf_coef target_kl missing_eos_penalty")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} {getattr(self, name)}: a number from 0 to 1 is needed")
-        if self.temperature <= 0:
-            raise InputError(f"--temperature {self.temperature}: training samples at a temperature above 0")
         if self.missing_eos_penalty and self.truncation != "terminal":
             raise InputError("--missing_eos_penalty is taken off a score, and only --truncation terminal scores a cut-off answer")
         if "majority" in self.reward.split(","):
@@ -158,8 +153,9 @@ class PPO:
     rows_together = 1            # each row's loss stands alone once its advantages are known
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
-    legend = ("The first ratio of a batch is exactly 1; it moves in the passes after that. value loss: the critic's, which has to "
-              "fall before\nadvantages mean anything. moved: KL(pi_old || pi) per token within a batch; beyond target_kl no further pass is made.")
+    legend = ("entropy: of the next token   ratio: largest pi/pi_old: exactly 1 in the first pass over a batch, and moving in those "
+              "after\nvalue loss: the critic's, which has to fall before advantages mean anything\n"
+              "moved: KL(pi_old || pi) per token within a batch; beyond target_kl no further pass is made")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
@@ -259,7 +255,8 @@ class PPO:
             moved = (0.5 * (logprobs - batch["old_logprobs"]) ** 2 * mask).sum()               # k2 estimate of KL(pi_old || pi)
             self.kl_sum, self.kl_count = self.kl_sum + float(moved), self.kl_count + int(n)
             entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)                             # (B, T)
-            clipped = ((ratio - 1).abs() > config.cliprange) & mask
+            A, c = batch["advantages"], config.cliprange
+            clipped = (((ratio > 1 + c) & (A > 0)) | ((ratio < 1 - c) & (A < 0))) & mask       # where the clip cut the gradient off
             metrics = {"loss/value": ((value_losses * mask).sum(), n), "loss/policy": ((policy_losses * mask).sum(), n),
                        "entropy": ((entropy * mask).sum(), n), "policy/approxkl": (moved, n), "clip_ratio": (clipped.sum(), n),
                        "max_ratio": (ratio * mask).max(), "values": ((values * mask).sum(), n)}

@@ -19,7 +19,7 @@ COLUMNS = [
     ("nll", "nll", "{:.3f}"), ("mean_weight", "weight", "{:.2f}"), ("frac_weight_near_zero", "unweighed", "{:.2f}"),
     ("kept", "kept", "{:.2f}"), ("rewards/chosen", "chosen", "{:+.2f}"), ("rewards/rejected", "rejected", "{:+.2f}"),
     ("rewards/margins", "margin", "{:.2f}"), ("skipped_pairs", "skipped", "{:.2f}"), ("accuracy", "accuracy", "{:.3f}"),
-    ("loss/value", "value loss", "{:.3f}"), ("policy/approxkl", "moved", "{:.3f}"), ("eval/pair_accuracy", "heldout", "{:.3f}"),
+    ("loss/value", "value loss", "{:.3f}"), ("policy/approxkl", "moved", "{:.3f}"), ("eval/pair_accuracy", "heldout pairs", "{:.3f}"),
     ("eval/accuracy", "heldout", "{:.3f}"), ("eval/loss", "heldout nll", "{:.3f}"), ("eval/worked", "worked", "{:.2f}"),
     ("completions/mean_length", "length", "{:.1f}"), ("eval/kl", "KL", "{:.2f}"), ("entropy", "entropy", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"), ("max_ratio", "ratio", "{:.2f}"), ("clip_ratio", "clipped", "{:.3f}"),
@@ -28,8 +28,7 @@ COLUMNS = [
 ]
 LEGEND = """\
 heldout: accuracy on held-out problems (sampled)   worked: share of answers with worked steps   length: tokens per answer
-KL: from the starting model, per answer   entropy: of the next token, over the rows trained on   ratio: largest pi/pi_old
-flat: share of groups whose rewards are all equal, which teach nothing   sample/s, train/s: tokens per second"""
+KL: from the starting model, per answer   sample/s, train/s: tokens per second"""   # each algorithm adds its own columns
 
 
 def duration(seconds):
@@ -53,7 +52,8 @@ class Console:
 def opening(args, algo, task):
     """What is about to happen, in a few lines, with the answers to the questions that the numbers will raise."""
     return (f"\n{args.algo} on {task.name}: {algo.model.num_parameters():,} parameters, {args.device}, {args.dtype}, "
-            f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}\n{LEGEND}\n{algo.legend}")
+            f"{args.max_steps} steps of {args.batch_size}, into {args.out_dir}\n"
+            + ("" if hasattr(algo, "evaluate") else LEGEND + "\n") + algo.legend)   # a reward model is judged otherwise
 
 
 def shared_line(kind, summary, out_dir):
@@ -212,33 +212,26 @@ def inspect(args, algo, examples, generator, rows=4):
 
 
 def inspect_all(args, algos, examples, generator):
-    """--inspect all: the same answers under every algorithm, side by side. algos {name: algorithm}, each of which is given
-    the very same samples; of the first group with a right and a wrong answer, one of each is shown."""
-    algo = algos["grpo"]
-    rewards = data.Rewards(algo.task, "verifier")
-    batch, metrics = data.rollout(algo.model, algo.tokenizer, algo.task, rewards, examples, algo.config.num_generations, 1.0, generator)
-    batch["row"] = torch.arange(len(batch["rewards"]), device=algo.model.device)
-    logprobs, columns, rollout = {}, {}, data.rollout
+    """--inspect all: the same answers under every algorithm, side by side. algos {name: algorithm}; the first thing that each
+    does with the generator is to sample, so that one seed gives all of them the same answers to the same prompts. Of the
+    first group with a right and a wrong answer one of each is shown: DPO's first pair."""
+    found = {}                                                    # {algorithm: {(prompt, answer): weight of each token}}
     for name, algo in algos.items():
         algo.micro_batch_size, algo.max_steps = 0, args.max_steps
-        data.rollout = lambda *inputs, **options: (dict(batch), dict(metrics))
-        try:
-            minibatch = first_minibatch(algo, examples, generator)
-        finally:
-            data.rollout = rollout
-        weight, lp = gradient_weights(algo, minibatch)
-        columns[name] = {row: weight[i] for i, row in enumerate(minibatch["row"].tolist())}
-        logprobs |= {row: lp[i] for i, row in enumerate(minibatch["row"].tolist())}
-    in_pairs = sorted(columns["dpo"], key=lambda row: (row // algo.config.num_generations, -batch["rewards"][row].item()))[:2]
+        minibatch = first_minibatch(algo, examples, generator.manual_seed(args.seed))
+        weight, logprobs = gradient_weights(algo, minibatch)
+        rows = [(tuple(minibatch["prompt_ids"][p][minibatch["prompt_mask"][p]].tolist()), tuple(ids[mask].tolist()))
+                for p, ids, mask in zip(minibatch["prompt_index"], minibatch["completion_ids"], minibatch["completion_mask"])]
+        found[name] = {row: weight[b].tolist() for b, row in enumerate(rows)}
+        if name == "dpo":
+            shown = [(row, label, logprobs[b].exp().tolist()) for b, (row, label) in enumerate(zip(rows, ("chosen", "rejected")))]
     lines = ["weight of each token's gradient, -dL/d(logit of the token), in thousandths; the same answers under every algorithm"]
-    for row in in_pairs:
-        prompt = batch["prompt_ids"][batch["prompt_index"][row]][batch["prompt_mask"][batch["prompt_index"][row]]].tolist()[1:]
-        text = "".join(token_text(algo.tokenizer, t) for t in prompt)
-        lines += ["", f"{text}  reward {batch['rewards'][row]:g}", f"{'token':<8}{'prob':>8}" + "".join(f"{name:>10}" for name in columns)]
-        for t in batch["completion_mask"][row].nonzero().flatten().tolist():
-            cells = [1000 * found[row][t].item() if row in found else 0.0 for found in columns.values()]
-            token = token_text(algo.tokenizer, batch["completion_ids"][row, t].item())
-            lines.append(f"{token:<8}{logprobs[row][t].exp().item():>8.3f}" + "".join(colour(f"{c:>+10.3f}", c) for c in cells))
+    for (prompt, answer), label, p in shown:
+        lines += ["", "".join(token_text(algo.tokenizer, t) for t in prompt[1:]) + f"  {label}",
+                  f"{'token':<8}{'prob':>8}" + "".join(f"{name:>10}" for name in found)]
+        for t, token in enumerate(answer):
+            cells = [1000 * weights[prompt, answer][t] if (prompt, answer) in weights else 0.0 for weights in found.values()]
+            lines.append(f"{token_text(algo.tokenizer, token):<8}{p[t]:>8.3f}" + "".join(colour(f"{c:>+10.3f}", c) for c in cells))
     return "\n".join(lines)
 
 
@@ -257,8 +250,8 @@ def pass_at_k(rewards, k):
 
 
 ROWS = [("accuracy, sampled", "eval/accuracy", 1), ("accuracy, greedy", "eval/greedy_accuracy", None),
-        ("pass@4", "eval/pass@4", 4), ("pass@16", "eval/pass@16", 16), ("out of distribution", "eval/ood_accuracy", 1), ("pairs ranked right", "eval/pair_accuracy", None),
-        ("worked steps", "eval/worked", None), ("right when worked", "eval/accuracy_when_worked", None),
+        ("pass@4", "eval/pass@4", 4), ("pass@16", "eval/pass@16", 16), ("out of distribution", "eval/ood_accuracy", 1),
+        ("pairs ranked right", "eval/pair_accuracy", None), ("worked steps", "eval/worked", None), ("right when worked", "eval/accuracy_when_worked", None),
         ("completion length", "eval/mean_length", None), ("held-out nll", "eval/loss", None), ("KL to the start", "eval/kl", None)]
 
 
@@ -324,17 +317,18 @@ def comparison(results):
             result = result.get(key) if result is not None else None
         return result
 
-    def cell(values, form):
-        values = [v for v in values if v is not None]
+    def cell(runs, keys, form):
+        values = [v for v in (value(run, keys) for run in runs) if v is not None]
         if not values:
             return "-"
-        spread = (max(values) - min(values)) / 2
-        return form.format(sum(values) / len(values)) + (" +-" + form.format(spread) if len(values) > 1 and "," not in form and ".0" not in form else "")
-    rows = [["", *(title for title, _, _ in MEASURES)],
-            ["base", *(cell([value(results[0], ("before", *keys[1:]))] if keys[0] == "after" else [], form) for _, keys, form in MEASURES)]]
+        text = form.format(sum(values) / len(values))
+        judged = keys[0] == "after"   # what a run cost needs no spread
+        return text + f" +-{form.format((max(values) - min(values)) / 2)}" if judged and len(values) > 1 else text
+    base = [{"after": results[0]["before"]}]
+    rows = [["", *(title for title, _, _ in MEASURES)], ["base", *(cell(base, keys, form) for _, keys, form in MEASURES)]]
     for variant in dict.fromkeys(r["variant"] for r in results):
-        mine = [r for r in results if r["variant"] == variant]
-        rows.append([variant, *(cell([value(r, keys) for r in mine], form) for _, keys, form in MEASURES)])
+        runs = [r for r in results if r["variant"] == variant]
+        rows.append([variant, *(cell(runs, keys, form) for _, keys, form in MEASURES)])
     shown = [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in shown}
     return "\n".join("  ".join(f"{row[i]:<{widths[i]}}" if i == 0 else f"{row[i]:>{widths[i]}}" for i in shown) for row in rows)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import InputError
+from model import InputError, check
 
 
 @dataclass
@@ -39,10 +39,7 @@ class RMConfig:
             raise InputError("--reward model: a reward model cannot be its own judge")
         if self.num_generations < 2:
             raise InputError(f"--num_generations {self.num_generations}: a pair needs at least 2 answers")
-        if self.num_prompts < 1:
-            raise InputError(f"--num_prompts {self.num_prompts}: at least 1 is needed")
-        if self.temperature <= 0 or self.center_rewards_coefficient < 0:
-            raise InputError("--temperature must be above 0 and --center_rewards_coefficient at least 0")
+        check(self, at_least_1="num_prompts", at_least_0="center_rewards_coefficient", above_0="temperature")
 
 
 # -- pure functions ---------------------------------------------------------------------------------------------------
@@ -136,10 +133,9 @@ class RM:
     def evaluate(self, args):
         """Judge the reward model on held-out prompts -> {"eval/pair_accuracy", "eval/pairs"}; the same pairs every time."""
         problems = data.problems(self.task, "test", args.eval_problems, args.seed)
-        if not problems:
-            return {}
-        batch, _ = self.collect(problems, torch.Generator(args.device).manual_seed(1))
-        if batch is None:
-            return {}
-        rewards = answer_rewards(self.model, batch)
+        with data.autocast(args):
+            batch = self.collect(problems, torch.Generator(args.device).manual_seed(1))[0] if problems else None
+            if batch is None:
+                return {}
+            rewards = answer_rewards(self.model, batch)
         return {"eval/pair_accuracy": (rewards[0::2] > rewards[1::2]).float().mean().item(), "eval/pairs": len(rewards) // 2}

@@ -38,7 +38,7 @@ from typing import Annotated, Literal
 import torch
 
 import data
-from model import InputError
+from model import InputError, check
 
 
 @dataclass
@@ -61,18 +61,15 @@ class SFTConfig:
     awr_beta: Annotated[float, "self: temperature of those weights; the smaller, the greedier (0.1 to 1)"] = 0.3
 
     def __post_init__(self):
-        for name in ("num_demonstrations", "num_generations", "num_prompts", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: at least 1 is needed")
-        if self.num_documents < 0:
-            raise InputError(f"--num_documents {self.num_documents}: a number of at least 0 is needed")
-        if self.temperature <= 0 or self.awr_beta <= 0:
-            raise InputError("--temperature and --awr_beta must be above 0")
+        check(self, at_least_1="num_demonstrations num_generations num_prompts rounds", at_least_0="num_documents",
+              above_0="temperature awr_beta")
         if self.source == "self" and not self.completion_only:
             raise InputError("--completion_only false trains on prompts too, which --source self does not write")
-        if self.threshold_start is not None and {"brevity", "model"}.isdisjoint(self.reward.split(",")):
+        if self.threshold_start is not None and self.reward in ("verifier", "majority", "format"):
             raise InputError("--threshold_start: a bar can only rise under a graded reward (add brevity or model); "
                              f"--reward {self.reward} knows right and wrong alone")
+        if self.threshold_start is not None and (self.keep == "best" or self.weighting == "awr"):
+            raise InputError("--threshold_start is for --keep threshold: the best of a group, and awr, ask for no threshold")
 
 
 # -- pure functions ---------------------------------------------------------------------------------------------------
@@ -119,7 +116,8 @@ class SFT:
     rows_together = 1            # each row's loss stands alone
     defaults = dict(learning_rate=1e-3, max_steps=100, batch_size=32, lr_scheduler_type="linear", warmup_steps=10,
                     weight_decay=0.01, logging_steps=10, eval_steps=10, save_steps=50)
-    legend = "The loss is the nll: minus the mean log-probability of the tokens that are imitated, in nats."
+    legend = ("The loss is the nll, minus the mean log-probability of the tokens that are imitated, in nats (with --weighting "
+              "awr\na weighted mean). kept: share of the sampled answers that are.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
@@ -133,7 +131,9 @@ class SFT:
     @staticmethod
     def columns(config):
         """What a line of --data must have."""
-        return [("prompt", "completion"), ("text",)] if config.source == "demos" else [("prompt", "answer")]
+        if config.source == "demos":
+            return [("prompt", "completion"), ("text",)]
+        return [("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)]
 
     def examples(self, seed):
         """What the loop draws batches from: demonstrations, documents where every token is trained, or problems."""

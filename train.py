@@ -47,7 +47,7 @@ import rm
 from dft import DFT
 from dpo import DPO
 from grpo import GRPO
-from model import GPT, GPTConfig, InputError
+from model import GPT, GPTConfig, InputError, check
 from ppo import PPO
 from sft import SFT
 
@@ -84,7 +84,7 @@ class Task:
     task: Annotated[Literal["chain", "countdown"], "the built-in task"] = "chain"
     min_terms: Annotated[int, "chain: fewest terms in a problem (2 to 4)"] = 3
     max_terms: Annotated[int, "chain: most terms in a problem (3 to 6)"] = 4
-    data: Annotated[str, "a .jsonl file with text, or prompt and completion, or prompt and answer"] = None
+    data: Annotated[str, "a .jsonl file: text; prompt and completion, answer, or chosen and rejected"] = None
     eval_data: Annotated[str, "held-out lines; none: one in ten of --data"] = None
     max_new_tokens: Annotated[int, "longest completion, in tokens; 0: the task's own"] = 0
     tokenizer: Annotated[str, "byte (needs no download) or gpt2"] = "byte"
@@ -98,7 +98,7 @@ class Loop:
     seed: Annotated[int, "of everything random in the run"] = 0
     max_steps: Annotated[int, "batches to collect and train on"] = 100
     max_minutes: Annotated[float, "stop after so many minutes; 0: no limit"] = 0.0
-    batch_size: Annotated[int, "prompts (grpo) or examples per step (8 to 256)"] = 32
+    batch_size: Annotated[int, "examples per step: prompts where answers are sampled, else texts (8 to 256)"] = 32
     micro_batch_size: Annotated[int, "completions per forward pass, to save memory; changes no result; 0: all at once"] = 0
     logging_steps: Annotated[int, "steps between lines"] = 10
     eval_steps: Annotated[int, "steps between evaluations; those at which a line is due"] = 10
@@ -159,7 +159,7 @@ def add_fields(group, config_class, defaults={}, suppress=False):
             kwargs = dict(type=boolean, nargs="?", const=True, metavar="true|false")
         else:
             kwargs = dict(type=number if kind is float else kind, metavar=kind.__name__)
-        if field.name == "inspect":
+        if field.name == "inspect":   # the one flag that means something with and without a value
             kwargs = dict(choices=("one", "all"), nargs="?", const="one")
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS if suppress else default, help=f"{text} [{shown}]", **kwargs)
 
@@ -185,12 +185,19 @@ def underscores(argv):
     return [flag(word) for word in argv]
 
 
+def which(argv):
+    """--algo, --seeds and --out_dir, which say whether this is a run or a comparison, and the other words of argv."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo", default="grpo")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--out_dir")
+    return parser.parse_known_args(argv)
+
+
 def parse_args(argv):
     """argv -> (args, algorithm config, {shape flags that were given}). Raises InputError with the nearest right name."""
     argv = underscores(argv)
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algo", default="grpo")
-    algo = first.parse_known_args(argv)[0].algo
+    algo = which(argv)[0].algo
     if algo not in ALGORITHMS:
         near = difflib.get_close_matches(algo, ALGORITHMS, 1)
         raise InputError(f"--algo {algo} is unknown{f': did you mean {near[0]}?' if near else ''}; there are {', '.join(ALGORITHMS)}")
@@ -210,9 +217,7 @@ def parse_args(argv):
         if "seed" in given and args.seed != args.base_seed:
             raise InputError(f"--algo {algo} makes a {SHARED[algo].lower()}, whose seed is --base_seed")
         args.seed = args.base_seed
-    for name in ("max_steps", "batch_size", "logging_steps", "eval_steps", "save_steps", "eval_problems"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    check(args, at_least_1="max_steps batch_size logging_steps eval_steps save_steps eval_problems")
     for name in ("max_minutes", "micro_batch_size", "max_new_tokens", "warmup_steps", "weight_decay", "max_grad_norm", "top_k", "seed", "base_seed"):
         if not 0 <= getattr(args, name) < 2**40:
             raise InputError(f"--{name} {getattr(args, name)}: a number from 0 to 2^40 is needed")
@@ -373,8 +378,9 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
     started = time.time()
 
     def evaluate(full):
-        with data.autocast(args):
-            return algo.evaluate(args) if hasattr(algo, "evaluate") else report.evaluate(args, model, ref_model, algo.tokenizer, task, full)
+        if hasattr(algo, "evaluate"):   # a reward model is judged in its own way
+            return algo.evaluate(args)
+        return report.evaluate(args, model, ref_model, algo.tokenizer, task, full)
 
     if checkpoint is None:
         write_text(os.path.join(args.out_dir, "config.json"), json.dumps(settings, indent=2) + "\n")
@@ -418,7 +424,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
             shuffle = args.algo != "pretrain"   # a corpus is read in order
             batch_examples = [examples[i] for i in data.batch_indices(len(examples), args.batch_size, step, args.seed, shuffle)]
             generator.manual_seed(1_000_003 * args.seed + step)   # so that a step is the same whatever came before it
-            sampled, trained, clock = 0, 0, time.time()
+            trained, clock = 0, time.time()
             with data.autocast(args):
                 batch, metrics = algo.collect(batch_examples, generator, step)
                 minibatches = algo.minibatches(batch)
@@ -572,24 +578,23 @@ def keep_earlier_run(out_dir):
 def compare(argv):
     """--algo a,b:flag=value,c --seeds N: run each N times from the same base and put the results into one table. What is
     finished already is reused, what was interrupted goes on. Returns the exit code."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algo", default="grpo")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out_dir")
-    asked, common = parser.parse_known_args(argv)
+    asked, common = which(argv)
+    asked.seeds = 1 if asked.seeds is None else asked.seeds
+    check(asked, at_least_1="seeds")
     runs = []
     for variant in asked.algo.split(","):
         name, *flags = variant.split(":")
         for seed in range(asked.seeds):
-            command = ["--algo", name, *(f"--{flag}" for flag in flags), *common, "--seed", str(seed)]
-            args, _, shape = parse_args(command)
+            command = ["--algo", name, *(f"--{flag}" for flag in flags), *common]
+            args, _, shape = parse_args([*command, "--seed", str(seed)])
             pick_device(args)
             if name in SHARED:
                 raise InputError(f"--algo {name} makes what the others start from and cannot be compared with them")
+            if {"--seed", "--resume", "--eval_only", "--sample", "--inspect"} & {word.split("=")[0] for word in command}:
+                raise InputError("a comparison chooses seeds (--seeds) and goes on by itself: leave out --seed, --resume, "
+                                 "--eval_only, --sample and --inspect")
             args.out_dir = f"out/{task_name(args)}-{re.sub('[^a-zA-Z0-9_.]+', '-', variant)}-{seed}"
-            runs.append((variant, args, shape, [*command, "--out_dir", args.out_dir]))
-    if not runs:
-        raise InputError(f"--seeds {asked.seeds}: at least 1 is needed")
+            runs.append((variant, args, shape, [*command, "--seed", str(seed), "--out_dir", args.out_dir]))
     again = f"python train.py {shlex.join(argv)}"
     if args.init_from is None and ensure("pretrain", args, shape, again) is None:
         return 130
@@ -623,10 +628,11 @@ def compare(argv):
 
 
 def run(argv, again=None):
-    """Parse the command line and do what it says. Returns the exit code. `again` is the command that goes on with the run
-    if it is interrupted; None: this one with --resume."""
+    """Parse the command line and do what it says. Returns the exit code. `again` is the command to give after an
+    interruption; None: this one, with --resume once the run has begun."""
     argv = underscores(argv)
-    if any("," in b or ":" in b for a, b in zip(["--algo"] + argv, argv + [""]) if a == "--algo") or "--seeds" in argv:
+    asked, _ = which(argv)
+    if asked.seeds is not None or {",", ":"} & set(asked.algo):
         return compare(argv)
     args, config, shape = parse_args(argv)
     pick_device(args)
@@ -634,7 +640,8 @@ def run(argv, again=None):
     shared = args.algo in SHARED and not judging
     args.out_dir = args.out_dir or (shared_dir(args, shape) if shared else f"out/{task_name(args)}-{args.algo}-{args.seed}")
     path, outermost = os.path.join(args.out_dir, "ckpt.pt"), again is None
-    again = again or f"python train.py {shlex.join(argv if args.resume else argv + ['--resume'])}"
+    once_more = again or f"python train.py {shlex.join(argv)}"
+    again = again or once_more + ("" if args.resume else " --resume")
     tokenizer = data.Tokenizer(args.tokenizer)
     if shared and is_finished(args):
         print(f"{args.out_dir} already holds this {SHARED[args.algo].lower()}; delete the folder to make it again")
@@ -662,7 +669,7 @@ def run(argv, again=None):
     else:
         start = args.init_from
         if start is None:
-            base = ensure("pretrain", args, shape, again if args.resume else f"python train.py {shlex.join(argv)}")
+            base = ensure("pretrain", args, shape, once_more)
             if base is None:
                 return 130
             start, pretrain_seconds = base[0], base[1]["seconds"]
@@ -677,7 +684,7 @@ def run(argv, again=None):
             raise InputError(f"{start} was trained with --tokenizer {start_checkpoint['tokenizer']}")
     task = make_task(args, config, tokenizer, model.config.block_size)
     if "model" in getattr(config, "reward", "").split(",") and not judging:
-        made = (args.reward_model, None) if args.reward_model else ensure("rm", args, shape, again)
+        made = (args.reward_model, None) if args.reward_model else ensure("rm", args, shape, once_more)
         if made is None:
             return 130
         task.reward_model = build_model(args, read_checkpoint(made[0])).requires_grad_(False)

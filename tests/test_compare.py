@@ -71,6 +71,11 @@ def test_the_table_by_hand():
     ("--algo sft, --seeds 1", "--algo  is unknown"),
     ("--algo sft,dft --seeds 0", "--seeds 0: at least 1"),
     ("--algo sft,dft --seeds two", "--seeds"),
+    ("--algo=sft,grop", "did you mean grpo?"),
+    ("--seeds=2 --algo=grop", "did you mean grpo?"),
+    ("--algo sft,dft --seed 3", "leave out --seed"),
+    ("--algo sft,dft --resume", "goes on by itself"),
+    ("--algo sft,dft:sample=x", "goes on by itself"),
     ("--algo sft,dft --init_from nowhere", "nowhere"),
 ])
 def test_what_cannot_be_compared(flags, expected):
@@ -93,3 +98,14 @@ def test_the_base_is_made_first(monkeypatch, capsys):
     monkeypatch.setattr(train.subprocess, "run", lambda *args, **kwargs: type("Done", (), {"returncode": 130, "stderr": ""}))
     assert run("--algo", "sft,dft", *TINY, *SHAPE) == 130
     assert "go on with: python train.py --algo sft,dft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--device=cuda:7"], ["--sample=1,2>3=", "--algo", "grpo"], ["--out_dir", "a,b:c"]])
+def test_commas_and_colons_elsewhere_are_no_comparison(words, monkeypatch):
+    """Only the value of --algo, however it is written, and --seeds make a comparison."""
+    import train
+    monkeypatch.setattr(train, "compare", lambda argv: pytest.fail("taken for a comparison"))
+    with pytest.raises(InputError):
+        run(*words, "--init_from", "nowhere")
+    monkeypatch.setattr(train, "compare", lambda argv: 77)
+    assert run("--algo=sft,dft") == run("--algo", "dpo:beta=1") == run("--seeds=1") == run("--seeds", 2) == 77

@@ -840,7 +840,9 @@ def test_what_each_source_trains_on(Algorithm):
     (SFTConfig, dict(awr_beta=0.0), "above 0"),
     (SFTConfig, dict(source="self", completion_only=False), "--completion_only false"),
     (SFTConfig, dict(source="self", threshold_start=0.2), "graded reward"),
-    (SFTConfig, dict(source="self", threshold_start=0.0, reward="verifier,format"), "graded reward"),
+    (SFTConfig, dict(source="self", threshold_start=0.0, reward="format"), "graded reward"),
+    (SFTConfig, dict(source="self", threshold_start=0.0, reward="brevity", keep="best"), "--keep threshold"),
+    (SFTConfig, dict(source="self", threshold_start=0.0, reward="brevity", weighting="awr"), "--keep threshold"),
 ])
 def test_wrong_settings_are_refused(Config, flags, message):
     """Each is an InputError that says what is wrong, before anything is sampled."""
@@ -873,3 +875,10 @@ def test_the_bar_reaches_its_full_height(rounds):
     algo = make_self(SFT, graded, reward="brevity", max_steps=10, rounds=rounds, threshold_start=0.0)
     batch, _ = collect(algo, 9)
     assert batch["row_weights"].tolist() == [value == 1 for value in values(sampled(algo.sampler, algo), graded)]
+
+
+@pytest.mark.parametrize("Algorithm", [SFT, DFT])
+def test_a_majority_needs_no_answers_in_the_file(Algorithm):
+    """Only the verifier asks for an `answer` column; a majority vote asks for prompts alone."""
+    assert Algorithm.columns(Algorithm.Config(source="self")) == [("prompt", "answer")]
+    assert Algorithm.columns(Algorithm.Config(source="self", reward="majority,brevity")) == [("prompt",)]

@@ -72,10 +72,10 @@ def test_all_side_by_side(monkeypatch):
     own = {"sft": dict(source="self"), "dft": dict(source="self")}
     algos = {name: ALGORITHMS[name](ALGORITHMS[name].Config(num_generations=8, **own.get(name, {})), model, tiny_model(), Letters(), task)
              for name in ("sft", "dft", "dpo", "ppo", "grpo")}
-    args = type("Args", (), {"max_steps": 10})
+    args = type("Args", (), {"max_steps": 10, "seed": 0})
     text = report.inspect_all(args, algos, PROBLEMS, torch.Generator().manual_seed(0))
     right, wrong = text.split("\n\n")[1:]
-    assert right.splitlines()[0].endswith("reward 1") and wrong.splitlines()[0].endswith("reward 0")
+    assert right.splitlines()[0].endswith("chosen") and wrong.splitlines()[0].endswith("rejected")
     assert right.splitlines()[0].split()[0] == wrong.splitlines()[0].split()[0]      # one prompt
     for line in right.splitlines()[2:]:
         p, sft, dft, dpo, _, grpo = map(float, line.split()[-6:])

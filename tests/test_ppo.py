@@ -568,7 +568,7 @@ def test_ppo_settings_reach_the_loss(float64):
         losses, ratio = ppo.policy_loss(logp[range(T), completion], old, minibatch["advantages"][b, :T], 0.1)
         value_losses = ppo.value_loss(V, minibatch["old_values"][b, :T], minibatch["returns"][b, :T], 0.05)
         row = {"loss/policy": losses, "loss/value": value_losses, "values": V, "policy/approxkl": ratio.log() ** 2 / 2,
-               "clip_ratio": ((ratio - 1).abs() > 0.1).double(), "entropy": -(logp.exp() * logp).sum(-1)}
+               "clip_ratio": ((ratio - 1) * minibatch["advantages"][b, :T].sign() > 0.1).double(), "entropy": -(logp.exp() * logp).sum(-1)}
         by_hand = {name: by_hand.get(name, 0) + float(value.sum()) for name, value in row.items()}
         ratios.append(float(ratio.max()))
         moved.append(float((V - minibatch["old_values"][b, :T]).abs().min()))

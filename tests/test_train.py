@@ -395,6 +395,19 @@ def test_an_interrupted_base_is_continued(quick_base, monkeypatch, capsys):
     assert same(weights(f"out/{name}"), weights(f"../a/out/{name}")) and same(weights("sft"), weights("../a/sft"))
 
 
+def test_a_run_that_has_not_begun_is_not_resumed(tiny_base, monkeypatch, capsys):
+    """Ctrl-C while the reward model is made on the way: the command to give is this one, without --resume, and it works."""
+    command = ("--algo", "grpo", "--reward", "model,brevity", "--init_from", tiny_base, *TASK, "--max_steps", 1,
+               "--batch_size", 2, "--num_generations", 2, "--out_dir", "run")
+    update = train.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", lambda *args: (signal.raise_signal(signal.SIGINT), update(*args))[1])
+        assert run(*command) == 130
+    said = re.search(r"go on with: python train.py (.*)", capsys.readouterr().out).group(1)
+    assert "--resume" not in said and not os.path.exists("run")
+    assert train.run(shlex.split(said)) == 0 and os.path.exists("run/summary.json")
+
+
 def test_init_from_folder_or_file(tiny_base):
     """--init_from takes a run's folder and the file in it alike."""
     for start, out in ((tiny_base, "folder"), (tiny_base / "ckpt.pt", "file")):
