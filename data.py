@@ -7,8 +7,8 @@ A task is prompts, a reward, demonstrations, a pre-training corpus and splits:
     countdown  3,5,7>26=   reach the target with each number once: `3*7+5`; many right answers
 
 Problems are split by a hash of the problem itself, so that whatever draws them, pre-training, demonstrations or RL, and
-with whatever seed, no problem of the test split is ever seen. A third split, `ood`, holds a kind of problem that the
-pre-training corpus contains and post-training never sees.
+with whatever seed, no problem of the test split is ever seen, be it as a step of a longer problem. A third split, `ood`,
+holds a kind of problem that the pre-training corpus contains and post-training never sees.
 
 One example, worked through (byte tokenizer; <end> is 256, <pad> is 257):
 
@@ -105,8 +105,15 @@ class Chain:
             terms = [str(rng.randrange(10)) for _ in range(rng.randint(self.min_terms, self.max_terms))]
             symbols = self.operators + (self.ood_operator if split.startswith("ood") else "")
             prompt = terms[0] + "".join(rng.choice(symbols) + term for term in terms[1:]) + "="
-            if (self.ood_operator in prompt) == split.startswith("ood") and is_test(prompt) == (split in ("test", "ood")):
+            is_ood, held_out = self.ood_operator in prompt, self.is_held_out(prompt)
+            if is_ood == split.startswith("ood") and held_out == (split in ("test", "ood")):
                 return {"prompt": prompt, **self.solve(prompt)}
+
+    def is_held_out(self, prompt):
+        """Whether a problem is a test problem or has one for a step: where problems of two terms are asked as well,
+        the step `2*3=6` of a longer one gives the problem `2*3=` away."""
+        steps = self.solve(prompt)["steps"].split(";") if self.min_terms == 2 else []
+        return is_test(prompt) or any(is_test(step[:-1]) for step in steps)    # a step without its result
 
     @staticmethod
     def solve(prompt):
