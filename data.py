@@ -7,8 +7,9 @@ A task is prompts, a reward, demonstrations, a pre-training corpus and splits:
     countdown  3,5,7>26=   reach the target with each number once: `3*7+5`; many right answers
 
 Problems are split by a hash of the problem itself, so that whatever draws them, pre-training, demonstrations or RL, and
-with whatever seed, no problem of the test split is ever seen, be it as a step of a longer problem. A third split, `ood`,
-holds a kind of problem that the pre-training corpus contains and post-training never sees.
+with whatever seed, no problem of the test split is ever seen, not even as a step of a longer one.
+A third split, `ood`, holds a kind of problem that the pre-training corpus contains and that
+post-training never sees.
 
 One example, worked through (byte tokenizer; <end> is 256, <pad> is 257):
 
@@ -22,11 +23,14 @@ One example, worked through (byte tokenizer; <end> is 256, <pad> is 257):
 Prompt and completion are encoded apart, so the boundary between them is always a boundary between tokens.
 """
 
+import functools
+import itertools
 import json
 import math
 import random
 import re
 import zlib
+from collections import Counter
 from fractions import Fraction
 
 import tiktoken
@@ -110,10 +114,10 @@ class Chain:
                 return {"prompt": prompt, **self.solve(prompt)}
 
     def is_held_out(self, prompt):
-        """Whether a problem is a test problem or has one for a step: where problems of two terms are asked as well,
-        the step `2*3=6` of a longer one gives the problem `2*3=` away."""
+        """Whether a problem is a test problem or has one for a step: where there are problems of
+        two terms as well, the step `2*3=6` of a longer one gives the problem `2*3=` away."""
         steps = self.solve(prompt)["steps"].split(";") if self.min_terms == 2 else []
-        return is_test(prompt) or any(is_test(step[:-1]) for step in steps)    # a step without its result
+        return is_test(prompt) or any(is_test(step[:-1]) for step in steps)    # without the result
 
     @staticmethod
     def solve(prompt):
@@ -162,6 +166,10 @@ class Countdown:
 
     Many answers are right, and any is rewarded. A completion is parsed by `value` below; nothing is ever handed to eval.
     `ood` problems have targets above 40, which the corpus contains and post-training never sees.
+
+    There are few problems: 1,215 distinct ones in the training split and 114 in the test split; out
+    of distribution 206 for the corpus and 20 in the `ood` split. By default RL draws 4,000 training
+    problems, 1,070 of them distinct at seed 0, and a run is judged by 256, of them 87 distinct.
     """
     name, columns, learned_reward = "countdown", ("numbers", "target"), None
     max_new_tokens = 12
@@ -203,14 +211,22 @@ class Countdown:
     def final_answer(completion):
         return value(completion)
 
-    def chance(self, k):
-        """pass@k of writing down random expressions of the right numbers, measured on 300 held-out problems."""
-        rng, total = random.Random("countdown chance"), 0.0
-        for _ in range(300):
-            p = self.problem(rng, "test")
-            hit = sum(value(self.random_expression(rng, p["numbers"])) == p["target"] for _ in range(50)) / 50
-            total += 1 - (1 - hit) ** k
-        return total / 300
+    @staticmethod
+    @functools.cache
+    def values(numbers):
+        """{value: how many of the 6 x 16 equally likely outcomes of random_expression have it}"""
+        outcomes = itertools.product(itertools.permutations(numbers), "+-*/", "+-*/")
+        return Counter(value(f"{a}{x}{b}{y}{c}") for (a, b, c), x, y in outcomes)
+
+    def chance(self, k, size=256):
+        """pass@k of writing down random expressions of the right numbers, on the first `size` test
+        problems: .072, .248, .621 for k = 1, 4, 16. The share of right expressions is counted out,
+        because 1 - (1 - p)^k of an estimated p is biased."""
+        total = 0.0
+        for problem in problems(self, "test", size, seed=0):
+            p = self.values(tuple(problem["numbers"]))[problem["target"]] / 96
+            total += 1 - (1 - p) ** k
+        return total / size
 
 
 def value(expression):
