@@ -144,7 +144,7 @@ class Chain:
         return documents
 
     @staticmethod
-    def reward(prompts, completions, answer, **columns):
+    def reward(prompts, completions, /, answer, **columns):
         """1.0 where the completion's last `;` and `=` are followed by the answer and nothing else. -> list of floats"""
         return [float(Chain.final_answer(c) == a) for c, a in zip(completions, answer)]
 
@@ -202,7 +202,7 @@ class Countdown:
         return [p["prompt"] + p["solution"] for p in problems]
 
     @staticmethod
-    def reward(prompts, completions, numbers, target, **columns):
+    def reward(prompts, completions, /, numbers, target, **columns):
         """1.0 where the completion uses exactly the given numbers and its value is the target. -> list of floats"""
         return [float(value(c) == t and sorted(map(int, re.findall(r"\d+", c))) == sorted(n))
                 for c, n, t in zip(completions, numbers, target)]
@@ -326,7 +326,7 @@ class JsonLines:
                                      + (f" ({room} of them for --max_new_tokens)" if room is not None else ""))
 
     @staticmethod
-    def reward(prompts, completions, answer, **columns):
+    def reward(prompts, completions, /, answer, **columns):
         """1.0 where the completion's last number equals the answer's last number, as in GSM8K. -> list of floats"""
         return [float(last_number(c) is not None and last_number(c) == last_number(str(a)))
                 for c, a in zip(completions, answer)]
@@ -414,7 +414,7 @@ def batch_indices(size, batch_size, step, seed, shuffle=True):
 # -- rewards ----------------------------------------------------------------------------------------------------------
 
 
-def brevity(prompts, completions, max_new_tokens, **columns):
+def brevity(prompts, completions, max_new_tokens):
     """Minus the share of the allowed length that was used, in characters: 0 for nothing, -1 for all of it."""
     return [-len(c) / max_new_tokens for c in completions]
 
@@ -431,12 +431,14 @@ def majority(task, prompts, completions):
 
 
 def reward_functions(task, names):
-    """{name: function} for a comma-separated list: `verifier` (the task's own), `model` (learned, see rm.py), `majority`,
-    `format` (shows its steps), `brevity`. Each has the signature reward(prompts, completions, **columns) -> list[float]."""
-    known = {"verifier": task.reward, "majority": lambda p, c, **columns: majority(task, p, c),
-             "brevity": lambda p, c, **columns: brevity(p, c, task.max_new_tokens)}
+    """{name: function} for a comma-separated list: `verifier` (the task's own), `model` (learned,
+    see rm.py), `majority`, `format` (shows its steps), `brevity`. Each has the signature
+    reward(prompts, completions, /, **columns) -> list[float]; because of the slash a file's column
+    may have any name, even `prompts`."""
+    known = {"verifier": task.reward, "majority": lambda p, c, /, **columns: majority(task, p, c),
+             "brevity": lambda p, c, /, **columns: brevity(p, c, task.max_new_tokens)}
     if task.is_worked:
-        known["format"] = lambda p, c, **columns: [float(task.is_worked(a, b)) for a, b in zip(p, c)]
+        known["format"] = lambda p, c, /, **columns: [float(x) for x in map(task.is_worked, p, c)]
     if task.learned_reward:
         known["model"] = task.learned_reward
     for name in names.split(","):

@@ -12,7 +12,8 @@ is trained against r finds the answers that r overrates: while it does, `true_re
 two part, the policy has begun to learn the reward model's mistakes (2210.10760).
 
 (Self-rewarding, 2401.10020, in which the model judges its own answers, needs a model that can judge. It would plug in
-where `scorer` is handed to the task: any function reward(prompts, completions, **columns) -> list[float] will do.)
+where `scorer` is handed to the task: any function
+reward(prompts, completions, /, **columns) -> list[float] will do.)
 """
 
 from dataclasses import dataclass
@@ -60,12 +61,13 @@ def answer_rewards(model, batch):
 
 
 def scorer(model, tokenizer):
-    """A reward model as a reward function like any other: reward(prompts, completions, **columns) -> list[float].
+    """A reward model as a reward function like any other:
+    reward(prompts, completions, /, **columns) -> list[float].
 
     It reads texts, each with an <end>, also where the policy ran out of tokens before it wrote one.
     """
     @torch.no_grad()
-    def reward(prompts, completions, **columns):
+    def reward(prompts, completions, /, **columns):
         examples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions)]
         batch = data.collate(examples, tokenizer, model.device)
         room = model.config.block_size - batch["prompt_mask"].sum(-1, keepdim=True)            # (B, 1)

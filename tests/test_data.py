@@ -1,5 +1,6 @@
 """The text: tokenizer, problems worked by hand, rewards, splits that never meet, files that are wrong, batches."""
 
+import ast
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import tiktoken
 import torch
 
 import data
+import rm
 from data import Chain, Countdown, JsonLines, Tokenizer, last_number, value
 from model import GPT, GPTConfig, InputError
 
@@ -438,6 +440,40 @@ def test_reward_functions():
     results = {name: f(prompts, texts, answer=["6"] * 3) for name, f in functions.items()}
     assert results["verifier"] == [1, 0, 0] and results["format"] == [0, 1, 0]
     assert task.max_new_tokens == 22 and results["brevity"] == [-1 / 22, -11 / 22, 0]
+
+
+def parameter_names():
+    """Every name of a parameter in the files that call and define rewards."""
+    names = {"prompts", "completions", "p", "c", "max_new_tokens", "task", "columns", "self"}
+    for module in (data, rm):
+        for node in ast.walk(ast.parse(open(module.__file__, encoding="utf-8").read())):
+            if isinstance(node, ast.arguments):
+                names |= {a.arg for a in node.posonlyargs + node.args + node.kwonlyargs}
+    return names - {"answer", "prompt", "completion", "text"}
+
+
+def test_a_column_may_have_any_name(jsonl):
+    """Columns called like the parameters of the reward functions, `prompts` or `p`, change no reward."""
+    names = parameter_names()
+    assert {"prompts", "p", "numbers", "target", "names"} <= names
+    rows, texts = questions(3, answer="6"), ["6", "6", "7"]
+    learned = rm.scorer(GPT(GPTConfig(n_layer=1, n_embd=32)).with_scalar_head(), TOKENIZER)
+    totals = []
+    for columns in ({}, {name: "x" for name in names}):
+        path = jsonl(*({**row, **columns} for row in rows))
+        task = JsonLines(path, path, max_new_tokens=10)
+        assert set(task.columns) == {"answer", *columns}
+        task.learned_reward = learned
+        rewards = data.Rewards(task, "verifier,majority,brevity,model")
+        totals.append({name: each.tolist() for name, each in rewards(task.train, texts)[1].items()})
+    assert totals[0] == totals[1] and totals[0]["verifier"] == [1, 1, 0]
+    assert totals[0]["brevity"] == pytest.approx([-.1] * 3) and totals[0]["majority"] == [1, 1, 1]
+    extra = {name: ["x"] * 3 for name in names - {"numbers", "target"}}
+    for task, own in ((Chain(), {"answer": ["6"] * 3}),
+                      (Countdown(), {"numbers": [[1, 2, 3]] * 3, "target": [6] * 3})):
+        shown = "format," if task.is_worked else ""
+        for name, f in data.reward_functions(task, shown + "verifier,majority,brevity").items():
+            assert f(["q"] * 3, texts, **own, **extra) == f(["q"] * 3, texts, **own), name
 
 
 @pytest.mark.parametrize("task, names", [(Chain(), "verifier,nonsense"), (Chain(), ""), (Countdown(), "format")])
