@@ -179,7 +179,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, 1 if config.scalar_head else config.vocab_size, bias=False)
         if config.tie_embeddings and not config.scalar_head:
             self.lm_head.weight = self.embed_tokens.weight
-        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (hd/2,)
+        # theta^(-2i/hd) by the operations that transformers uses: the angles agree in every bit.
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim      # (hd/2,)
+        frequencies = 1.0 / config.rope_theta ** exponents                             # (hd/2,)
         angles = torch.outer(torch.arange(config.block_size).float(), frequencies)                # (block_size, hd/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -208,8 +210,9 @@ class GPT(nn.Module):
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S - T:]      # (B or 1, T)
         # A query sees the real tokens up to itself. It always sees itself, even on padding: a row of the softmax with
         # nothing to look at would be 0/0, and the nan would spread through the gradient.
-        causal = torch.ones(T, S, dtype=torch.bool, device=input_ids.device).tril(S - T)
-        itself = torch.eye(S, dtype=torch.bool, device=input_ids.device)[S - T:]
+        key = torch.arange(S, device=input_ids.device)                                 # (S,)
+        query = key[S - T:, None]                                                      # (T, 1)
+        causal, itself = key <= query, key == query                                    # (T, S)
         mask = causal & attention_mask.bool()[:, None, None, :] | itself                # (B or 1, 1, T, S)
         real = None
         if self.skip_padding and T > 1 and attention_mask[:, S - T:].float().mean() < 0.9:   # else moving costs more
