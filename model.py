@@ -82,6 +82,11 @@ class Samples(NamedTuple):
     logprobs: torch.Tensor           # (B, T) float32 log-probability under the distribution it was drawn from; 0 on padding
 
 
+def at_least_float32(x):
+    """What comes out of a bfloat16 product goes on in float32; a float64 model stays in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x, cos, sin):
     """Rotary positions in the rotate-half convention of Llama: dimension i is paired with i + hd/2.
 
@@ -128,9 +133,10 @@ class CausalSelfAttention(nn.Module):
         sampling it is a buffer as long as the whole sequence, of which `filled` columns are in use, written in place.
         """
         N, T, hd = len(x), padding.T, self.config.head_dim
-        q = rotate(self.q_norm(self.q_proj(x).float().view(N, -1, hd)), cos, sin)   # (N, nh, hd), norm and turn in float32
-        k = rotate(self.k_norm(self.k_proj(x).float().view(N, -1, hd)), cos, sin)   # (N, nkv, hd)
-        v = self.v_proj(x).view(N, -1, hd)                                      # (N, nkv, hd)
+        q, k = at_least_float32(self.q_proj(x)), at_least_float32(self.k_proj(x))
+        q = rotate(self.q_norm(q.view(N, -1, hd)), cos, sin)                          # (N, nh, hd)
+        k = rotate(self.k_norm(k.view(N, -1, hd)), cos, sin)                          # (N, nkv, hd)
+        v = self.v_proj(x).view(N, -1, hd)                                            # (N, nkv, hd)
         q, k, v = (padding.spread(t).transpose(1, 2) for t in (q, k.to(v.dtype), v))  # (B, heads, T, hd)
         if past is not None and filled is None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -228,9 +234,10 @@ class GPT(nn.Module):
         return padding.spread(self.norm(x)), kvs                                        # (B, T, C)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, positions=slice(None)):
-        """Logits (B, T', V) in float32; `positions` picks the T' columns that are wanted, and only those pay for the head."""
+        """Logits (B, T', V) in float32, float64 of a float64 model. `positions` picks the T' columns
+        that are wanted, and only those pay for the head."""
         x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
-        return self.lm_head(x[:, positions]).float()
+        return at_least_float32(self.lm_head(x[:, positions]))
 
     def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_index=None, read_last=False):
         """Logits (B, T, V), float32: [b, t] is the distribution from which token t of completion b was to be drawn.
@@ -266,7 +273,7 @@ class GPT(nn.Module):
             attention_mask = torch.cat([prompt_mask[prompt_index], completion_mask[:, :read]], dim=1)
             completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask, past=past)
             hidden = torch.cat([hidden, completion_hidden], dim=1)                      # (B, T, C)
-        return self.lm_head(hidden).float()
+        return at_least_float32(self.lm_head(hidden))
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +292,6 @@ class GPT(nn.Module):
             raise InputError(f"a prompt of {Tp} tokens and max_new_tokens {max_new_tokens} do not fit "
                              f"block_size {self.config.block_size}: shorten the prompt or raise --block_size")
         completion_ids = torch.full((B, max_new_tokens), pad_id, device=device)
-        logprobs = torch.zeros(B, max_new_tokens, device=device)
         length = torch.full((B,), max_new_tokens, device=device)
         truncated = torch.ones(B, dtype=torch.bool, device=device)
 
@@ -296,8 +302,10 @@ class GPT(nn.Module):
         cache[:, :, :, :, :Tp] = kv
         attention_mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(num_generations, 0)
         next_position = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_generations, 0)  # (B, 1)
-        logits = self.lm_head(hidden[:, -1]).float().repeat_interleave(num_generations, 0)       # (B, V)
+        logits = at_least_float32(self.lm_head(hidden[:, -1]))                         # (P, V)
+        logits = logits.repeat_interleave(num_generations, 0)                          # (B, V)
 
+        logprobs = logits.new_zeros(B, max_new_tokens)
         rows = torch.arange(B, device=device)          # which completion each running row writes
         running = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
@@ -315,7 +323,7 @@ class GPT(nn.Module):
                 attention_mask, cache = attention_mask[running], cache[:, :, running]
                 running = running[running]
             hidden, _ = self.hidden_states(token[:, None], attention_mask[:, :Tp + t + 1], next_position, cache, Tp + t)
-            logits = self.lm_head(hidden[:, -1]).float()
+            logits = at_least_float32(self.lm_head(hidden[:, -1]))
             next_position = next_position + 1
         T = int(length.max())
         completion_mask = torch.arange(T, device=device) < length[:, None]
@@ -325,7 +333,7 @@ class GPT(nn.Module):
         """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
         if self.config.scalar_head:
             return copy.deepcopy(self).requires_grad_(True)
-        model = GPT(replace(self.config, scalar_head=True)).to(self.device)
+        model = GPT(replace(self.config, scalar_head=True)).to(self.embed_tokens.weight)  # dtype too
         model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
         model.skip_padding = self.skip_padding
         return model
@@ -360,7 +368,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         token = logits.argmax(-1)
-        return token, torch.zeros_like(token, dtype=torch.float32)   # a certain choice has probability 1
+        return token, torch.zeros_like(logits[:, 0])     # a certain choice has probability 1
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     if 0 < top_k < logits.shape[-1]:
         kth = logprobs.topk(top_k, dim=-1).values[:, -1:]

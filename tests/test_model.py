@@ -14,6 +14,10 @@ from model import GPT, GPTConfig, InputError, sample
 EOS, PAD = 6, 7
 PROMPTS = [[6, 1, 2, 3], [6, 5], [6, 4, 4, 0, 2, 1, 3]]
 COMPLETIONS = [[3, 6], [1, 2, 0, 5, 6], [4, 4, 1]]     # the last one ran out of tokens before EOS
+# Where there are as many prompts as completions, the two are read side by side; with a fourth
+# prompt, which has no answer, the prompts are read first and the completions look back at them.
+PATHS = {"side by side": (PROMPTS, None), "with an index": (PROMPTS, torch.arange(3)),
+         "looking back": (PROMPTS + [[6, 2, 2, 5]], torch.arange(3))}
 CLOSE = dict(rtol=0, atol=1e-4)
 SHAPES = [dict(), dict(n_kv_head=2, qkv_bias=True, qk_norm=False, tie_embeddings=False), dict(n_kv_head=1, head_dim=6)]
 
@@ -236,13 +240,14 @@ def test_every_path_gives_the_same_logits_and_gradients(shape, skip_padding):
 
 
 @pytest.mark.parametrize("skip_padding", [True, False])
-@pytest.mark.parametrize("prompt_index", [None, torch.arange(3)])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("pad_id, extra", [(PAD, 4), (EOS, 0), (4, 3)])   # 4 is an ordinary token of the prompts
-def test_padding_changes_nothing(pad_id, extra, prompt_index, skip_padding):
+def test_padding_changes_nothing(pad_id, extra, path, skip_padding):
     """Neither the width of the padding nor its id, which may be that of a real token, reaches a logit."""
     model = make_model()
     model.skip_padding = skip_padding
-    logits = model.completion_logits(*batch(pad_id, extra), prompt_index)
+    prompts, prompt_index = PATHS[path]
+    logits = model.completion_logits(*batch(pad_id, extra, prompts), prompt_index)
     for row, expected in zip(logits, one_by_one(model)):
         torch.testing.assert_close(row[:len(expected)], expected, **CLOSE)
 
@@ -258,10 +263,12 @@ def test_prompts_may_be_padded_on_either_side():
 
 def test_the_order_of_the_batch_changes_nothing():
     """Shuffling the rows shuffles the logits and no more."""
-    model, rows, order = make_model(), batch(), torch.tensor([2, 0, 1])
-    for index in (None, torch.arange(3)):
+    model, order = make_model(), torch.tensor([2, 0, 1])
+    for prompts, index in PATHS.values():
+        rows = batch(prompts=prompts)
         expected = model.completion_logits(*rows, index)[order]
-        torch.testing.assert_close(model.completion_logits(*(r[order] for r in rows), index), expected, **CLOSE)
+        moved = [r[[2, 0, 1, 3][:len(r)]] for r in rows]              # a fourth prompt stays fourth
+        torch.testing.assert_close(model.completion_logits(*moved, index), expected, **CLOSE)
 
 
 def test_prompt_index_pairs_completions_with_prompts_in_any_order():
@@ -276,8 +283,9 @@ def test_a_single_completion_token_is_predicted_at_the_end_of_the_prompt():
     """The shift by one: token 0 is predicted from the prompt's last column, in both paths."""
     model = make_model()
     expected = torch.stack([model(torch.tensor([p]))[0, -1] for p in PROMPTS])
-    for index in (None, torch.arange(3)):
-        logits = model.completion_logits(*pad(PROMPTS, "left"), *pad([[EOS], [1], [2]], "right"), index)
+    for prompts, index in PATHS.values():
+        completions = pad([[EOS], [1], [2]], "right")
+        logits = model.completion_logits(*pad(prompts, "left"), *completions, index)
         torch.testing.assert_close(logits[:, 0], expected, **CLOSE)
 
 
@@ -325,7 +333,8 @@ def test_no_query_is_left_with_nothing_to_look_at(monkeypatch):
         return attention(q, k, v, attn_mask=attn_mask, **kwargs)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model = make_model()
-    model.completion_logits(*batch(), torch.arange(3))
+    for prompts, index in PATHS.values():
+        model.completion_logits(*batch(prompts=prompts), index)
     model.generate(*pad(PROMPTS, "left"), 4, EOS, PAD)
     assert len(masks) > 4 and all(mask.any(-1).all() for mask in masks)
 
@@ -487,8 +496,8 @@ def test_bfloat16_scores_stay_close():
     expected = model.completion_logits(*rows).log_softmax(-1)[mask]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(rows[0]).dtype == torch.float32
-        for index in (None, torch.arange(3)):
-            logits = model.completion_logits(*rows, index)
+        for prompts, index in PATHS.values():
+            logits = model.completion_logits(*batch(prompts=prompts), index)
             assert logits.dtype == torch.float32
             difference = (logits.log_softmax(-1)[mask] - expected).abs().max()
             assert 1e-6 < difference < 0.1                            # above 0: autocast did something
