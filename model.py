@@ -234,7 +234,7 @@ class GPT(nn.Module):
         return padding.spread(self.norm(x)), kvs                                        # (B, T, C)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, positions=slice(None)):
-        """Logits (B, T', V) in float32, float64 of a float64 model. `positions` picks the T' columns
+        """Logits (B, T', V), float32; of a float64 model float64. `positions` picks the T' columns
         that are wanted, and only those pay for the head."""
         x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
         return at_least_float32(self.lm_head(x[:, positions]))
@@ -333,7 +333,7 @@ class GPT(nn.Module):
         """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
         if self.config.scalar_head:
             return copy.deepcopy(self).requires_grad_(True)
-        model = GPT(replace(self.config, scalar_head=True)).to(self.embed_tokens.weight)  # dtype too
+        model = GPT(replace(self.config, scalar_head=True)).to(self.embed_tokens.weight)  # dtype
         model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
         model.skip_padding = self.skip_padding
         return model
