@@ -8,7 +8,8 @@ DPO and its kin: preference optimisation. Of two answers to a prompt, the better
     L(theta) = - mean over pairs of log sigma( beta [h(chosen) - h(rejected)] ),    h(y) = log pi(y|x) / pi_ref(y|x)
                                                                                     DPO (2305.18290), eq. 7
 beta h is the reward under which pi is the best policy at that distance from pi_ref (up to a constant of the prompt, eq. 5):
-so the loss is that of a Bradley-Terry reward model, and "rewards/chosen" below means beta h of the chosen answers.
+so the loss is that of a Bradley-Terry reward model, and "rewards/chosen" below means beta h of the
+chosen answers; where a loss compares something else, that (see implicit_rewards).
 
 "Why do the chosen rewards fall?" The loss asks for a margin, nothing else. Chosen and rejected answers are much alike, so
 pushing the one down pulls the other along, and both may lose to answers that are in no pair. The margin grows all the
@@ -111,7 +112,26 @@ def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     if loss_type == "orpo":       # 2403.07691, eq. 6-7: odds = p / (1 - p) of the geometric mean p of an answer's tokens
         log_odds = (chosen_mean - log1mexp(chosen_mean)) - (rejected_mean - log1mexp(rejected_mean))
         return -chosen_mean - beta * F.logsigmoid(log_odds)
-    raise ValueError(loss_type)
+    raise ValueError(f"loss_type {loss_type!r} is none of "
+                     "sigmoid, robust, hinge, ipo, cpo, simpo, orpo")
+
+
+def implicit_rewards(logps, ref_logps, lengths, loss_type="sigmoid", beta=0.1, ipo_average=False):
+    """The reward of each answer as the loss sees it: what it compares. All (B,); lengths in tokens.
+
+    Worked example, beta .1: log pi -6, log pi_ref -8, 4 tokens. sigmoid .1 x 2 = .2; ipo_average
+    .2 / 4 = .05; cpo .1 x -6 = -.6; simpo and orpo -.6 / 4 = -.15. (orpo compares log odds, which
+    rise with the mean; to log beta times the mean is TRL's choice.)
+    """
+    if loss_type in ("sigmoid", "robust", "hinge", "ipo", "kto"):
+        rewards = beta * (logps - ref_logps)
+        return rewards / lengths if loss_type == "ipo" and ipo_average else rewards
+    if loss_type == "cpo":
+        return beta * logps
+    if loss_type in ("simpo", "orpo"):
+        return beta * logps / lengths
+    raise ValueError(f"loss_type {loss_type!r} is none of "
+                     "sigmoid, robust, hinge, ipo, kto, cpo, simpo, orpo")
 
 
 def log1mexp(x):
@@ -145,8 +165,9 @@ class DPO:
     micro_batch_size = 0         # set by the loop: rows per forward pass, 0: all
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
-    legend = ("The loss (of sigmoid) starts at log 2 = .693. chosen, rejected: beta log pi/pi_ref of the answers; margin: their\n"
-              "difference. Both may fall while the margin grows: the loss asks for no more than that, and --rpo_alpha 1 for more.")
+    legend = ("The loss (of sigmoid) starts at log 2 = .693. chosen, rejected: beta log pi/pi_ref\n"
+              "of the answers (cpo: beta log pi; simpo, orpo: that per token); margin: their difference.\n"
+              "Both may fall while it grows: the loss asks for no more, --rpo_alpha 1 does.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
@@ -236,7 +257,8 @@ class DPO:
         """The summed loss of the batch's pairs, and {name: (sum, count)} for the log."""
         config, label = self.config, batch["label"]                                            # (B,)
         logps, lengths = self.logps(self.model, batch)                                         # (B,)
-        rewards = config.beta * (logps.detach() - batch["ref_logps"])                          # (B,)
+        rewards = implicit_rewards(logps.detach(), batch["ref_logps"], lengths, config.loss_type,
+                                   config.beta, config.ipo_average)                      # (B,)
         if config.loss_type == "kto":
             losses = kto_loss(logps, batch["ref_logps"], label, batch["z0"], config.beta,
                               config.desirable_weight, config.undesirable_weight)

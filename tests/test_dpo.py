@@ -24,7 +24,8 @@ import grpo
 import report
 import train
 from conftest import TASK, run
-from dpo import DPO, REFERENCE_FREE, DPOConfig, kto_loss, log1mexp, preference_loss, rso_accept
+from dpo import (DPO, REFERENCE_FREE, DPOConfig, implicit_rewards, kto_loss, log1mexp,
+                 preference_loss, rso_accept)
 from model import InputError
 from test_grpo import PROBLEMS, Letters, coin, float64, move, padded, tiny_model  # noqa: F401  (float64: a fixture)
 from test_identities import (LENGTHS, LOGITS, MASK, PI, REWARD, SEQUENCES, close, gradient, sequence_logprobs, table,
@@ -373,7 +374,7 @@ def test_preference_losses_worked_by_hand(flags, logps, ref_logps, lengths, loss
 
 
 def test_preference_loss_treats_each_pair_by_itself():
-    """Three pairs in one call are three calls; an unknown loss_type is an error, not a silent default."""
+    """Three pairs in one call are three calls."""
     generator = torch.Generator().manual_seed(0)
     columns = [-torch.rand(3, generator=generator, dtype=torch.float64) * 5 for _ in range(4)]
     columns += [torch.tensor(x, dtype=torch.float64) for x in ([1, 2, 3], [3, 1, 2])]
@@ -381,8 +382,60 @@ def test_preference_loss_treats_each_pair_by_itself():
         together = preference_loss(*columns, loss_type=loss_type)
         alone = [preference_loss(*(c[n:n + 1] for c in columns), loss_type=loss_type).item() for n in range(3)]
         assert together.shape == (3,) and close(together, alone)
-    with pytest.raises(ValueError, match="nll"):
-        preference_loss(*columns, loss_type="nll")
+
+
+@pytest.mark.parametrize("function, arguments", [(preference_loss, 6), (implicit_rewards, 3)])
+@pytest.mark.parametrize("loss_type", ["nll", "Sigmoid", ""])
+def test_an_unknown_loss_type_names_the_choices(function, arguments, loss_type):
+    """Not a silent default, and no bare word: the error says which losses there are."""
+    choices = "sigmoid, robust, hinge, ipo, (kto, )?cpo, simpo, orpo"
+    with pytest.raises(ValueError, match=f"^loss_type '{loss_type}' is none of {choices}$"):
+        function(*[torch.ones(2)] * arguments, loss_type=loss_type)
+
+
+# Chosen: log pi -6, log pi_ref -8, 4 tokens. Rejected: log pi -3, log pi_ref -4, 1 token. beta .1.
+# Summed log-ratios 2 and 1, means 1/2 and 1: sums and means disagree on which is better. log pi: -6
+# and -3, per token -1.5 and -3: they disagree again.
+@pytest.mark.parametrize("flags, chosen, rejected", [
+    *[(dict(loss_type=name), 0.2, 0.1) for name in ("sigmoid", "robust", "hinge", "ipo", "kto")],
+    (dict(loss_type="ipo", ipo_average=True), 0.05, 0.1),
+    (dict(loss_type="sigmoid", ipo_average=True), 0.2, 0.1),   # a flag of ipo alone
+    (dict(loss_type="cpo"), -0.6, -0.3),
+    (dict(loss_type="simpo"), -0.15, -0.3),
+    (dict(loss_type="orpo"), -0.15, -0.3),
+])
+def test_implicit_rewards_worked_by_hand(flags, chosen, rejected):
+    """What each loss compares: beta times the log-ratio, for averaged ipo per token; for losses
+    without a reference beta log pi, for simpo and orpo per token. beta is a factor."""
+    args = [torch.tensor(x, dtype=torch.float64) for x in ([-6.0, -3.0], [-8.0, -4.0], [4.0, 1.0])]
+    assert close(implicit_rewards(*args, **flags), [chosen, rejected])
+    assert close(implicit_rewards(*args, **flags, beta=0.2), [2 * chosen, 2 * rejected])
+
+
+WITH_AVERAGES = [dict(loss_type=loss_type) for loss_type in PAIR_LOSSES]
+WITH_AVERAGES += [dict(loss_type="ipo", ipo_average=True)]
+NAMED = dict(ids=lambda flags: "-".join(map(str, flags.values())))
+
+
+@pytest.mark.parametrize("flags", WITH_AVERAGES, **NAMED)
+def test_the_loss_is_a_function_of_the_margin_of_its_rewards(flags):
+    """Of all 225 pairs: the loss (of cpo and orpo the part that compares) is a function of the
+    difference of the implicit rewards: the logged margin is the optimised one. (orpo: in sign.)"""
+    logps = sequence_logprobs(LOGITS).detach()
+    rewards = implicit_rewards(logps, REF, LENGTHS, **flags, beta=BETA)
+    margin = rewards[FIRST] - rewards[SECOND]
+    losses = pair_losses(logps, **flags, beta=BETA)
+    if flags["loss_type"] in ("cpo", "orpo"):
+        losses = losses + (logps / LENGTHS)[FIRST]   # without the chosen answer's nll
+    closed = {"sigmoid": lambda m: -m.sigmoid().log(), "robust": lambda m: -m.sigmoid().log(),
+              "cpo": lambda m: -m.sigmoid().log(), "simpo": lambda m: -(m - 0.5).sigmoid().log(),
+              "hinge": lambda m: (1 - m).clamp(min=0),
+              "ipo": lambda m: (m / BETA - 1 / (2 * BETA)) ** 2}
+    if flags["loss_type"] == "orpo":   # a tie costs beta log 2
+        assert torch.equal(losses < BETA * math.log(2) - 1e-9, margin > 1e-9)
+        assert (margin > 1e-9).sum() > 50
+    else:
+        assert close(losses, closed[flags["loss_type"]](margin))
 
 
 @pytest.mark.parametrize("beta_h, z0, weights, good, bad", [
@@ -851,19 +904,22 @@ def test_the_reference_has_no_gradient(flags):
     assert (minibatch["ref_logps"] == 0).all() == (flags["loss_type"] in REFERENCE_FREE)
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(loss_type="kto"), dict(loss_type="cpo")], ids=["sigmoid", "kto", "cpo"])
+@pytest.mark.parametrize("flags", [*WITH_AVERAGES, dict(loss_type="kto")], **NAMED)
 def test_metrics_are_what_their_names_say(float64, flags):  # noqa: F811
-    """rewards/* are beta log pi / pi_ref of the answers, logps/* their log pi, margins the difference within a pair,
-    accuracies the share of pairs in the right order: all from unpadded passes, as sums and counts."""
+    """rewards/* are what the loss compares, for most beta log pi / pi_ref of the answers, logps/*
+    their log pi, margins the difference within a pair, accuracies the share of pairs in the right
+    order: all from unpadded passes, as sums and counts."""
     algo = make_dpo(beta=0.3, **flags)
     minibatch = minibatch_of(algo)
     _, _, metrics = loss_and_gradient(algo, minibatch)
-    logps, _ = direct_logps(algo, algo.model, minibatch)
-    ref = torch.zeros(6) if flags.get("loss_type") == "cpo" else direct_logps(algo, algo.ref_model, minibatch)[0]
-    rewards = 0.3 * (logps - ref)
+    logps, lengths = direct_logps(algo, algo.model, minibatch)
+    ref, loss_type = direct_logps(algo, algo.ref_model, minibatch)[0], flags["loss_type"]
+    rewards = 0.3 * (logps if loss_type in ("cpo", "simpo", "orpo") else logps - ref)
+    if loss_type in ("simpo", "orpo") or "ipo_average" in flags:
+        rewards = rewards / lengths
     expected = {"rewards/chosen": rewards[0::2], "rewards/rejected": rewards[1::2], "logps/chosen": logps[0::2],
                 "logps/rejected": logps[1::2]}
-    if flags.get("loss_type") != "kto":
+    if loss_type != "kto":
         margins = rewards[0::2] - rewards[1::2]
         expected |= {"rewards/margins": margins, "rewards/accuracies": (margins > 0).double()}
     assert metrics.keys() == expected.keys()
