@@ -120,7 +120,7 @@ def gem_loss(logits, logprobs, gem_temperature=0.7):
 
 def token_weights(completion_mask):
     """1/N on each of the N completion tokens of the batch, 0 elsewhere. completion_mask (B, T) -> weights (B, T)"""
-    mask = completion_mask.float()
+    mask = completion_mask * 1.0   # a bool becomes float32, float64 stays what it is
     return mask / mask.sum().clamp(min=1)
 
 
@@ -178,7 +178,7 @@ class DFT:
         """The updates to make on a batch: just one. Its weights 1/N are fixed here, before it is split to fit memory."""
         if batch is None:
             return [None]
-        batch = {**batch, "weights": token_weights(batch["completion_mask"])}
+        batch = {**batch, "weights": token_weights(batch["completion_mask"].to(self.model.dtype))}
         if self.config.loss_type == "psft":
             batch["old_logprobs"] = self.rescore(self.old_model, batch)
         if self.config.loss_type == "iw_sft":

@@ -166,8 +166,8 @@ class DPO:
     defaults = dict(learning_rate=1e-3, max_steps=60, batch_size=32, lr_scheduler_type="constant", warmup_steps=5,
                     weight_decay=0.0, logging_steps=5, eval_steps=5, save_steps=20)
     legend = ("The loss (of sigmoid) starts at log 2 = .693. chosen, rejected: beta log pi/pi_ref\n"
-              "of the answers (cpo: beta log pi; simpo, orpo: that per token); margin: their difference.\n"
-              "Both may fall while it grows: the loss asks for no more, --rpo_alpha 1 does.")
+              "of the answers (cpo: beta log pi; simpo, orpo: that per token); margin: their\n"
+              "difference. Both may fall while it grows: --rpo_alpha 1 asks for more than that.")
 
     def __init__(self, config, model, ref_model, tokenizer, task):
         self.config, self.model, self.ref_model, self.tokenizer, self.task = config, model, ref_model, tokenizer, task
@@ -225,8 +225,9 @@ class DPO:
         if batch is None:
             return [None]
         config, n = self.config, len(batch["completion_ids"])
-        batch = {**batch, "weights": torch.full((n,), self.rows_together / n, device=self.model.device)}   # mean over pairs
-        batch["ref_logps"] = torch.zeros(n, device=self.model.device)
+        zeros = torch.zeros(n, device=self.model.device, dtype=self.model.dtype)
+        weights = zeros + self.rows_together / n   # a mean over pairs
+        batch = {**batch, "weights": weights, "ref_logps": zeros}
         if config.loss_type not in REFERENCE_FREE:
             batch["ref_logps"] = self.rescore(self.ref_model, batch)                           # (B,)
         if config.loss_type == "kto":

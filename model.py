@@ -333,7 +333,7 @@ class GPT(nn.Module):
         """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
         if self.config.scalar_head:
             return copy.deepcopy(self).requires_grad_(True)
-        model = GPT(replace(self.config, scalar_head=True)).to(self.embed_tokens.weight)  # dtype
+        model = GPT(replace(self.config, scalar_head=True)).to(self.device, self.dtype)
         model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
         model.skip_padding = self.skip_padding
         return model
@@ -343,6 +343,10 @@ class GPT(nn.Module):
     @property
     def device(self):
         return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())   # a tied matrix counts once

@@ -120,7 +120,8 @@ class RM:
         if batch is None:
             return [None]
         n = len(batch["completion_ids"])
-        return [{**batch, "weights": torch.full((n,), 2 / n, device=self.model.device)}]
+        weights = torch.full((n,), 2 / n, device=self.model.device, dtype=self.model.dtype)
+        return [{**batch, "weights": weights}]
 
     def loss(self, batch):
         """The summed loss of the batch's pairs, and {name: (sum, count)} for the log."""

@@ -85,7 +85,7 @@ def token_weights(completion_mask, row_weights=None):
 
     completion_mask (B, T). Worked example: lengths 1 and 3, no row weights: 1/4 each; row weights 0 and 1: 0 and 1/3.
     """
-    weights = completion_mask.float()
+    weights = completion_mask * 1.0   # a bool becomes float32, float64 stays what it is
     if row_weights is not None:
         weights = weights * row_weights[:, None]
     return weights / weights.sum().clamp(min=1e-20)
@@ -168,7 +168,8 @@ class SFT:
 
     def minibatches(self, batch):
         """The updates to make on a batch: just one. Its weights are fixed here, before it is split to fit memory."""
-        batch = {**batch, "weights": token_weights(batch["completion_mask"], batch.get("row_weights"))}
+        mask = batch["completion_mask"].to(self.model.dtype)                               # (B, T)
+        batch = {**batch, "weights": token_weights(mask, batch.get("row_weights"))}
         if "row_weights" in batch:
             rows = (batch["row_weights"] > 0).nonzero().squeeze(-1)
             batch = data.take_rows(batch, rows) if len(rows) else None

@@ -39,6 +39,7 @@ def tabular(logits):
     sequence."""
     model = torch.nn.Module()
     model.completion_logits = lambda prompt_ids, prompt_mask, ids, mask, index: logits[prompt_ids[index]]
+    model.dtype = logits.dtype
     return model
 
 
