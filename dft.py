@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 import data
 from model import check
+from sft import round_of
 
 
 @dataclass
@@ -88,9 +89,11 @@ def imitation_weights(logprobs, completion_mask, loss_type="dft", alpha=0.5, ref
         return (alpha * logprobs).exp()
     if loss_type == "chord":
         return p * (1 - p)
-    # iw_sft: the policy has moved away from the start model towards these answers; those it moved to count more.
-    log_ratio = ((logprobs - ref_logprobs) * completion_mask).sum(-1, keepdim=True)
-    return (iw_temperature * log_ratio).exp().clamp(max=iw_max).expand_as(p)
+    if loss_type == "iw_sft":   # what the policy has moved towards since it was pi_ref counts more
+        log_ratio = ((logprobs - ref_logprobs) * completion_mask).sum(-1, keepdim=True)
+        return (iw_temperature * log_ratio).exp().clamp(max=iw_max).expand_as(p)
+    raise ValueError(f"loss_type {loss_type!r} is none of dft, dft_sequence, power, chord, iw_sft, "
+                     "asft (psft and gem have losses of their own)")
 
 
 def psft_loss(logprobs, old_logprobs, epsilon=0.2, epsilon_high=0.28):
@@ -165,8 +168,8 @@ class DFT:
             self.old_model.load_state_dict(self.model.state_dict())
         if config.source == "demos":
             return data.collate(examples, self.tokenizer, self.model.device), {}
-        rounds = min(config.rounds, self.max_steps)
-        if step * rounds // self.max_steps > (step - 1) * rounds // self.max_steps:   # a round begins
+        _, first_step, _ = round_of(step, config.rounds, self.max_steps)
+        if step == first_step:   # of the round
             self.sampler.load_state_dict(self.model.state_dict())
         batch, metrics = data.rollout(self.sampler, self.tokenizer, self.task, self.rewards, examples,
                                       config.num_generations, config.temperature, generator)

@@ -43,9 +43,9 @@ from model import InputError, check
 
 @dataclass
 class SFTConfig:
-    completion_only: Annotated[bool, "train on completions only; false: on every token, which is pre-training"] = True
+    completion_only: Annotated[bool, "train on completions only; false: on prompts too"] = True
     num_demonstrations: Annotated[int, "size of the finite set of demonstrations (100 to 10000)"] = 400
-    num_documents: Annotated[int, "size of the pre-training corpus, read in order; 0: max_steps x batch_size"] = 0
+    num_documents: Annotated[int, "pretrain: size of the corpus; 0: max_steps x batch_size"] = 0
     source: Annotated[Literal["demos", "self"], "demonstrations, or the policy's own answers that were rewarded"] = "demos"
     num_generations: Annotated[int, "self: answers per prompt (4 to 64)"] = 16
     num_prompts: Annotated[int, "self: size of the finite set of training problems (500 to 100000)"] = 4000
@@ -53,7 +53,7 @@ class SFTConfig:
     reward: Annotated[str, "self: reward functions, comma-separated: verifier, model, majority, format, brevity"] = "verifier"
     reward_weights: Annotated[str, "self: their weights, comma-separated; empty: 1 each"] = ""
     rounds: Annotated[int, "self: how often the sampler becomes the current policy (1 to max_steps)"] = 1
-    restart: Annotated[bool, "self: every round trains the start model anew"] = False
+    restart: Annotated[bool, "self: every round starts over: model, optimizer, schedule"] = False
     keep: Annotated[Literal["threshold", "best"], "self: answers whose reward reaches it, or the best of each group"] = "threshold"
     threshold: Annotated[float, "self: the reward that an answer must reach (in the last round)"] = 1.0
     threshold_start: Annotated[float, "self: the same in the first round; it rises linearly; none: as in the last"] = None
@@ -65,6 +65,9 @@ class SFTConfig:
               above_0="temperature awr_beta")
         if self.source == "self" and not self.completion_only:
             raise InputError("--completion_only false trains on prompts too, which --source self does not write")
+        if self.num_documents and self.completion_only:
+            raise InputError("--num_documents is the size of a corpus, all of which is trained on: "
+                             "for --algo pretrain, or with --completion_only false")
         if self.threshold_start is not None and self.reward in ("verifier", "majority", "format"):
             raise InputError("--threshold_start: a bar can only rise under a graded reward (add brevity or model); "
                              f"--reward {self.reward} knows right and wrong alone")
@@ -98,7 +101,21 @@ def kept(rewards, keep="threshold", threshold=1.0):
     """
     if keep == "best":
         return torch.zeros_like(rewards).scatter(1, rewards.argmax(1, keepdim=True), 1.0)
-    return (rewards >= threshold - 1e-6).float()
+    if keep == "threshold":
+        return (rewards >= threshold - 1e-6).to(rewards.dtype)
+    raise ValueError(f"keep {keep!r} is none of threshold, best")
+
+
+def round_of(step, rounds, max_steps):
+    """The round that a step belongs to, that round's first step, and the first step of the next.
+
+    Rounds are of equal length to within a step, and there is at most one a step. Worked example: 10
+    steps in 4 rounds begin at 0, 3, 5 and 8, so that step 6 belongs to round 2 and gives (2, 5, 8).
+    """
+    rounds = min(rounds, max_steps)
+    this = step * rounds // max_steps
+    first, end = (-(-r * max_steps // rounds) for r in (this, this + 1))   # rounded up
+    return this, first, end
 
 
 def awr_weights(rewards, awr_beta, largest=20.0):
@@ -136,21 +153,24 @@ class SFT:
         return [("prompt", "answer") if "verifier" in config.reward.split(",") else ("prompt",)]
 
     def examples(self, seed):
-        """What the loop draws batches from: demonstrations, documents where every token is trained, or problems."""
-        if self.config.source == "self":
-            return data.problems(self.task, "train", self.config.num_prompts, seed)
-        if self.config.completion_only:
-            return data.demonstrations(self.task, self.config.num_demonstrations, seed)
-        return data.documents(self.task, self.config.num_documents, seed)
+        """What the loop draws batches from: problems, a corpus of documents, or demonstrations."""
+        config = self.config
+        if config.source == "self":
+            return data.problems(self.task, "train", config.num_prompts, seed)
+        if config.num_documents:
+            return data.documents(self.task, config.num_documents, seed)
+        examples = data.demonstrations(self.task, config.num_demonstrations, seed)
+        if config.completion_only:
+            return examples
+        return [{"prompt": "", "completion": e["prompt"] + e["completion"]} for e in examples]
 
     def collect(self, examples, generator, step=0):
         """A batch to train on, and what is worth logging about it."""
         config = self.config
         if config.source == "demos":
             return data.collate(examples, self.tokenizer, self.model.device), {}
-        rounds = min(config.rounds, self.max_steps)
-        this_round = step * rounds // self.max_steps               # rounds of equal length, to within a step
-        if this_round > (step - 1) * rounds // self.max_steps:     # a new one: the sampler becomes the policy
+        this_round, first_step, _ = round_of(step, config.rounds, self.max_steps)
+        if step == first_step:   # of the round: the sampler becomes the policy
             self.sampler.load_state_dict(self.model.state_dict())
             if config.restart and step > 0:
                 self.model.load_state_dict(self.ref_model.state_dict())
@@ -160,7 +180,7 @@ class SFT:
         rewards = batch.pop("rewards").view(len(examples), -1)                                 # (P, G)
         threshold = config.threshold
         if config.threshold_start is not None:
-            done = this_round / max(rounds - 1, 1)
+            done = this_round / max(min(config.rounds, self.max_steps) - 1, 1)
             threshold = config.threshold_start + (threshold - config.threshold_start) * done
         weights = kept(rewards, config.keep, threshold) if config.weighting == "none" else awr_weights(rewards, config.awr_beta)
         metrics["kept"] = ((weights > 0).sum(), weights.numel())

@@ -102,7 +102,7 @@ BUGS = [
         "return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20) / len(weights)",
         "test_identities.py::test_sft_token_mean_worked_example", "huggingface/trl#3021, PrimeIntellect-ai/prime-rl#583, 2604.23747"),
     Bug("sft.py", "rejection sampling that rejects nothing: the policy imitates its own mistakes",
-        "return (rewards >= threshold - 1e-6).float()",
+        "return (rewards >= threshold - 1e-6).to(rewards.dtype)",
         "return torch.ones_like(rewards)",
         "test_imitation.py::test_rejection_sampling_is_reinforce_without_its_negative_half", "the definition of 2308.01825"),
     Bug("sft.py", "every round samples from the start model: expert iteration that never iterates",

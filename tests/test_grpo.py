@@ -174,7 +174,8 @@ def test_pretraining_examples_train_every_token_of_the_text():
     """completion_only False: the algorithm draws whole documents with an empty prompt; True: the prompt is apart."""
     task, tokenizer = data.Chain(2, 3), Letters()
     for completion_only in (True, False):
-        algo = SFT(SFTConfig(completion_only, num_documents=20), tiny_model(), None, tokenizer, task)
+        config = SFTConfig(completion_only, num_documents=0 if completion_only else 20)
+        algo = SFT(config, tiny_model(), None, tokenizer, task)
         examples = algo.examples(seed=0)[:20]
         batch, _ = algo.collect(examples, None)
         trained = [tokenizer.decode(ids) for ids in batch["completion_ids"].tolist()]
