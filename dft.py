@@ -28,6 +28,10 @@ share of .9 has not converged, it has given up. DFT sharpens what is there; to t
     asft           dft, + anchor_coef KL(pi_ref || pi)               2509.23753: DFT drifts, the anchor holds it
     gem            pulled up only against what the model prefers     2408.16673: sum_v q(v) (log pi(v) - log pi(y))
 
+The anchor of asft is KL(pi_ref || pi), as in its authors' code (github.com/zhuchichi56/ASFT). The
+first version of their paper states the other direction, KL(pi || pi_ref) (eq. 6, "reverse KL");
+the published version is reported to state that of the code.
+
 On the policy's own verified answers (--source self) DFT is the paper's offline RL (section 4.3).
 """
 
@@ -107,7 +111,11 @@ def psft_loss(logprobs, old_logprobs, epsilon=0.2, epsilon_high=0.28):
 
 
 def anchor_loss(all_logprobs, ref_all_logprobs):
-    """KL(pi_ref || pi) at each position, over all tokens; gradient on the logits: pi - pi_ref. (B, T, V) twice -> (B, T)"""
+    """KL(pi_ref || pi) at each position, over all tokens; gradient on the logits: pi - pi_ref.
+
+    (B, T, V) twice -> (B, T). Worked example: pi_ref = [.5, .5] and pi = [.25, .75] give
+    .5 log 4/3 = .144; the other direction, see the top of this file, gives .131.
+    """
     return F.kl_div(all_logprobs, ref_all_logprobs, log_target=True, reduction="none").sum(-1)
 
 

@@ -142,8 +142,9 @@ def test_psft_worked_example(ratio, loss, slope):
 
 
 def test_anchor_and_gem_worked_example():
-    """pi = [.25, .75]. KL([.5, .5] || pi) = .5 log 2 + .5 log 2/3. GEM at temperature .5 has q = [.1, .9], so that the
-    loss of token 0 is .9 log 3; at .7, the default, q(0) is 1 / (1 + 3^(1/.7))."""
+    """pi = [.25, .75]. KL([.5, .5] || pi) = .5 log 2 + .5 log 2/3 = .144, where KL(pi || [.5, .5])
+    is .131. GEM at temperature .5 has q = [.1, .9], so that the loss of token 0 is .9 log 3; at .7,
+    the default, q(0) is 1 / (1 + 3^(1/.7))."""
     z = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64).log()
     assert close(anchor_loss(z, torch.full((1, 1, 2), 0.5, dtype=torch.float64).log()), [[0.5 * math.log(4 / 3)]])
     assert close(gem_loss(z, z[..., 0], 0.5), [[0.9 * math.log(3)]])
