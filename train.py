@@ -429,7 +429,6 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
                 batch, metrics = algo.collect(batch_examples, generator, step)
                 minibatches = algo.minibatches(batch)
             sampled = int(metrics.pop("sampled_tokens", 0))
-            add(totals, metrics)
             tally["collect"] += time.time() - clock
             clock = time.time()
             try:
@@ -444,6 +443,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
                                  f"{path + f' (step {saved_at})' if saved_at is not None else 'the one that the run started from'}: "
                                  "go on from it with a lower --learning_rate") from None
             tally["train"] += time.time() - clock
+            add(totals, metrics)   # after the passes, which may have added to them
             step += 1
             for name, n in (("sampled", sampled), ("trained", trained)):
                 tally[name] += n

@@ -458,8 +458,8 @@ def test_every_first_ratio_of_ppo_is_exactly_one(truncation, num_mini_batches, m
     for part in algo.minibatches(batch):
         totals = {}
         train.update(training_args(micro_batch_size=micro_batch_size), algo, optimizer, part, totals)
-        passes.append((totals["max_ratio"], totals["policy/approxkl"][0]))
-    assert passes[0] == (1.0, 0.0) and all(ratio > 1 and kl > 0 for ratio, kl in passes[1:])
+        passes.append(totals["max_ratio"])
+    assert passes[0] == 1.0 and all(ratio > 1 for ratio in passes[1:])
     assert len(passes) == 2 * num_mini_batches
 
 
@@ -474,29 +474,106 @@ def test_ppo_scores_in_the_precision_that_it_trains_in(tmp_path, dtype):
     model, task = tiny_model(), data.Chain(2, 3)
     train.train(args, PPO(config, model, copy.deepcopy(model), Letters(), task), task, "")
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["max_ratio"] == 1.0 and line["policy/approxkl"] == 0 and line["grad_norm"] > 0
+    assert line["max_ratio"] == 1.0 and line["grad_norm"] > 0
+    assert line["policy/approxkl"] == 0                         # read in the precision of pi_old
+
+
+def passes_made(learning_rate=3e-3, micro_batch_size=0, **flags):
+    """Train on one batch. -> the number of updates, {updates made before: what was measured then},
+    {updates made before: what an independent reading says} at every start of a pass and at the end,
+    and what went to the log."""
+    algo = make_ppo(**flags)
+    algo.micro_batch_size = micro_batch_size
+    batch, metrics = collect(algo)
+    measured, read, updates, moved = {}, {}, 0, algo.moved
+
+    def recorded(parts):
+        measured[updates] = moved(parts)
+        return measured[updates]
+    algo.moved = recorded
+    optimizer = algo.model.configure_optimizer(learning_rate, 0.0, others=[algo.critic])
+    for part in algo.minibatches(batch):
+        if updates % algo.config.num_mini_batches == 0:
+            read[updates] = distance(algo, batch)
+        train.update(training_args(micro_batch_size=micro_batch_size), algo, optimizer, part, {})
+        updates += 1
+    return updates, measured, read, metrics.get("policy/approxkl")
+
+
+def distance(algo, batch):
+    """1/2 (log pi/pi_old)^2, averaged over all tokens of the batch, each answer read alone."""
+    squares = []
+    for b, (prompt, completion, _) in enumerate(rows(batch)):
+        if batch["completion_mask"][b].any():
+            T = len(completion)
+            logits = read_alone(algo.model, prompt, completion)[:T] / algo.config.temperature
+            logprobs = logits.log_softmax(-1)[range(T), completion]
+            squares += ((logprobs - batch["old_logprobs"][b, :T]) ** 2 / 2).tolist()
+    return sum(squares) / len(squares)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(num_mini_batches=3, micro_batch_size=3),
+                                   dict(truncation="mask"), dict(temperature=0.7)], ids=str)
+def test_what_has_moved_is_measured_before_every_pass_after_the_first(float64, flags):
+    """The figure is half the mean squared log-ratio over all completion tokens of the batch (the k2
+    estimate of joschu.net/blog/kl-approx.html), as reading every answer alone finds it; the log has
+    the last one."""
+    updates, measured, read, logged = passes_made(target_kl=1e9, num_ppo_epochs=4, **flags)
+    parts = flags.get("num_mini_batches", 1)
+    assert updates == 4 * parts and list(measured) == [parts, 2 * parts, 3 * parts]
+    assert read[0] < 1e-12                                      # before the first pass: pi_old
+    for step, (total, tokens) in measured.items():
+        assert total / tokens == pytest.approx(read[step], rel=1e-6) and read[step] > 1e-6, step
+    assert len({total for total, _ in measured.values()}) == 3 and logged == measured[3 * parts]
 
 
 def test_target_kl_ends_the_passes():
-    """Where the policy has moved by more than target_kl over a pass (half the mean squared log-ratio, the k2 estimate
-    of joschu.net/blog/kl-approx.html), no other pass is made; a pass that has begun is finished; 0 never stops."""
-    def passes(target_kl, num_mini_batches=1):
-        algo = make_ppo(target_kl=target_kl, num_ppo_epochs=4, num_mini_batches=num_mini_batches)
-        batch, _ = collect(algo)
-        optimizer, moved = algo.model.configure_optimizer(3e-3, 0.0, others=[algo.critic]), []
-        for part in algo.minibatches(batch):
-            mask = part["completion_mask"]
-            log_ratio = (algo.logprobs(algo.model, part)[0].detach() - part["old_logprobs"])[mask]
-            totals = {}
-            train.update(training_args(), algo, optimizer, part, totals)
-            total, count = totals["policy/approxkl"]
-            assert count == mask.sum() and total == pytest.approx(float((log_ratio ** 2).sum() / 2), abs=1e-6)
-            moved.append(total / count)
-        return moved
-    whole = passes(0.0)
-    assert len(whole) == 4 and whole[0] == 0 and whole[1] > 0
-    assert len(passes(0.99 * whole[1])) == 2 and len(passes(1.01 * whole[1])) == 3 and len(passes(10.0)) == 4
-    assert len(passes(0.0, 2)) == 8 and len(passes(1e-6, 2)) == 2      # the second half of the first pass has moved
+    """At the default of two passes, a tiny target_kl leaves one and 0 both; of four passes none is
+    made that would start beyond target_kl, and one that has begun is finished. (Measured during a
+    pass, the first figure is 0 by construction and every stop comes a pass late.)"""
+    assert passes_made(target_kl=1e-9)[0] == 1 and passes_made(target_kl=0.0)[0] == 2
+    _, measured, _, _ = passes_made(target_kl=1e9, num_ppo_epochs=4)
+    moved = [total / tokens for total, tokens in measured.values()]
+    assert sorted(moved) == moved                               # further with every pass
+    for made, figure in enumerate(moved, start=1):
+        assert passes_made(target_kl=0.99 * figure, num_ppo_epochs=4)[0] == made
+        assert passes_made(target_kl=1.01 * figure, num_ppo_epochs=4)[0] == made + 1
+    flags = dict(target_kl=1e-9, num_ppo_epochs=4)
+    assert passes_made(num_mini_batches=2, **flags)[0] == 2     # both halves of the first pass
+    assert passes_made(learning_rate=0.0, **flags)[0] == 4      # nothing moved, nothing stops
+
+
+def test_without_target_kl_nothing_is_measured():
+    """target_kl 0, or a single pass: no further reading, and no figure in the log or the legend."""
+    for flags in (dict(target_kl=0.0), dict(num_ppo_epochs=1)):
+        _, measured, _, logged = passes_made(**flags)
+        assert measured == {} and logged is None and "moved" not in make_ppo(**flags).legend
+    assert "moved" in make_ppo().legend
+
+
+def test_measuring_changes_nothing_but_the_log(tmp_path):
+    """A target_kl that is never reached and none at all train the same weights, bit for bit: the
+    reading draws no random numbers. One that is always reached leaves one update a batch, and the
+    log says at which figure it stopped."""
+    ends, lines = {}, {}
+    for target_kl in (0, 1e9, 1e-9):
+        folder = tmp_path / str(target_kl)
+        flags = dict(algo="ppo", device="cpu", num_generations=4, batch_size=4, max_steps=2,
+                     eval_problems=4, reward="brevity", logging_steps=1, target_kl=target_kl,
+                     out_dir=folder)
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        args, config, _ = train.parse_args(words)
+        model, task = tiny_model(), data.Chain(2, 3)
+        algo = PPO(config, model, copy.deepcopy(model), Letters(), task)
+        train.train(args, algo, task, "")
+        ends[target_kl], lines[target_kl] = model.state_dict(), metrics(folder)[1:]
+    never, always = lines[1e9], lines[1e-9]
+    assert same_weights(ends[0], ends[1e9]) and not same_weights(ends[0], ends[1e-9])
+    assert [line["updates"] for line in never] == [2, 4]
+    assert [line["updates"] for line in always] == [1, 2]
+    assert all("policy/approxkl" not in line for line in lines[0])
+    assert all(line["policy/approxkl"] > 1e-9 for line in never + always)
+    assert never[0]["policy/approxkl"] == always[0]["policy/approxkl"]   # after the same one update
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -567,7 +644,7 @@ def test_ppo_settings_reach_the_loss(float64):
         V, old = read_alone(algo.critic, prompt, completion)[:T, 0], minibatch["old_logprobs"][b, :T]
         losses, ratio = ppo.policy_loss(logp[range(T), completion], old, minibatch["advantages"][b, :T], 0.1)
         value_losses = ppo.value_loss(V, minibatch["old_values"][b, :T], minibatch["returns"][b, :T], 0.05)
-        row = {"loss/policy": losses, "loss/value": value_losses, "values": V, "policy/approxkl": ratio.log() ** 2 / 2,
+        row = {"loss/policy": losses, "loss/value": value_losses, "values": V,
                "clip_ratio": ((ratio - 1) * minibatch["advantages"][b, :T].sign() > 0.1).double(), "entropy": -(logp.exp() * logp).sum(-1)}
         by_hand = {name: by_hand.get(name, 0) + float(value.sum()) for name, value in row.items()}
         ratios.append(float(ratio.max()))
@@ -971,7 +1048,8 @@ def test_a_rollout_is_a_batch():
 
 LOOP = ("--max_steps", 5, "--save_steps", 2, "--logging_steps", 1, "--eval_steps", 5, "--warmup_steps", 1)
 RM_ = ("--algo", "rm", "--batch_size", 4, "--num_generations", 4)
-PPO_ = ("--algo", "ppo", "--batch_size", 4, "--num_generations", 2, "--num_mini_batches", 2, "--target_kl", 0)
+PPO_ = ("--algo", "ppo", "--batch_size", 4, "--num_generations", 2, "--num_mini_batches", 2,
+        "--target_kl", 1e9)
 
 
 @pytest.fixture

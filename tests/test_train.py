@@ -41,7 +41,7 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE), "sft": S
          "sft, from itself": ("--algo", "sft", *OWN, "--source", "self", "--keep", "best", "--rounds", 3),
          "dft, psft": ("--algo", "dft", "--batch_size", 4, "--num_demonstrations", 10, "--loss_type", "psft", "--sync_steps", 3),
          "dpo, semi-online": ("--algo", "dpo", *OWN, "--pair_selection", "best_worst", "--sync_steps", 3, "--sync_ref"),
-         "ppo": ("--algo", "ppo", *OWN, "--num_mini_batches", 2, "--target_kl", 0),
+         "ppo": ("--algo", "ppo", *OWN, "--num_mini_batches", 2, "--target_kl", 1e9),
          "rm": ("--algo", "rm", *OWN)}
 UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
 LOGGED = {"pretrain": {"nll"}, "sft": {"nll"}, "dft": {"nll", "mean_weight", "frac_weight_near_zero"},
