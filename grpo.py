@@ -123,8 +123,8 @@ def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2
     if importance_sampling_level == "sequence":
         # GSPO (2507.18071, eq. 7): the geometric mean of the token ratios. The 1/|y| keeps it near 1 on long answers;
         # it also means that this is no exact importance weight, which would be the product.
-        mask = completion_mask.float()
-        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)   # (B, 1)
+        length = completion_mask.sum(-1, keepdim=True).clamp(min=1)                  # (B, 1)
+        log_ratio = (log_ratio * completion_mask).sum(-1, keepdim=True) / length
         log_ratio = log_ratio.expand_as(logprobs)
     ratio = log_ratio.exp()                                                               # (B, T)
     A = advantages[:, None]                                                               # (B, 1)
@@ -154,8 +154,10 @@ def token_weights(completion_mask, loss_type="grpo", max_completion_length=None)
     grpo         1 / (B |y_i|)   every answer counts the same, so a token of a long wrong answer is pushed less
     dapo, cispo  1 / sum |y_i|   every token of the batch counts the same (2503.14476, eq. 8)
     dr_grpo      1 / (B L)       a constant, L = max_completion_length: no length bias at all (2503.20783, section 3)
+
+    A mask of bools gives float32, a mask of numbers weights of its own precision.
     """
-    mask = completion_mask.float()
+    mask = 1.0 * completion_mask
     if loss_type == "grpo":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
     if loss_type == "dr_grpo":
@@ -197,6 +199,7 @@ class GRPO:
         config, G = self.config, self.config.num_generations
         batch, metrics = data.rollout(self.model, self.tokenizer, self.task, self.rewards, examples, G, config.temperature, generator)
         rewards, greedy_rewards = batch.pop("rewards").view(-1, G), None                  # (P, G)
+        rewards = rewards.to(self.model.dtype)
         if config.advantage == "remax":
             greedy, more = data.rollout(self.model, self.tokenizer, self.task, self.rewards, examples, 1, temperature=0)
             greedy_rewards = greedy["rewards"]                                            # (P,)
@@ -219,7 +222,8 @@ class GRPO:
         groups = torch.arange(len(batch["prompt_index"]), device=self.model.device).view(-1, G)
         for rows in groups.chunk(config.num_minibatches):
             part = data.take_rows(batch, rows.flatten())
-            part["weights"] = token_weights(part["completion_mask"], config.loss_type, self.task.max_new_tokens)
+            mask = part["completion_mask"].to(self.model.dtype)
+            part["weights"] = token_weights(mask, config.loss_type, self.task.max_new_tokens)
             if config.beta == 0 and config.entropy_coef == 0:
                 # A row whose advantage is 0 has no gradient. It has been counted in the weights and is now left out,
                 # which changes nothing but the time. (The logged entropy then covers the rows that are left.)

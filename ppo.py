@@ -145,8 +145,11 @@ def value_loss(values, old_values, returns, cliprange_value=0.2):
 
 
 def token_weights(completion_mask):
-    """1/N on each of the N completion tokens of the batch, 0 elsewhere. completion_mask (B, T) -> weights (B, T)"""
-    mask = completion_mask.float()
+    """1/N on each of the N completion tokens of the batch, 0 elsewhere.
+
+    completion_mask (B, T) -> weights (B, T); of bools in float32, of numbers in their precision.
+    """
+    mask = 1.0 * completion_mask
     return mask / mask.sum().clamp(min=1)
 
 
@@ -187,13 +190,14 @@ class PPO:
                                       config.temperature, generator)
         order = torch.randperm(len(batch["rewards"]), generator=generator, device=self.model.device)
         batch = data.take_rows(batch, order)   # so that a part of the batch is a random part
-        scores, truncated, mask = batch.pop("rewards"), batch.pop("truncated"), batch["completion_mask"]   # (B,), (B,), (B, T)
+        scores, truncated = batch.pop("rewards"), batch.pop("truncated")             # (B,), (B,)
+        scores, mask = scores.to(self.model.dtype), batch["completion_mask"]         # (B,), (B, T)
         if config.truncation == "mask":   # before anything is scored, for training will read the masked batch
             batch["completion_mask"] = mask = mask & ~truncated[:, None]
         values, old_logprobs, ref_logprobs = self.rescore(batch)                          # (B, T + 1), (B, T), (B, T)
         last_values = torch.zeros_like(scores)
         if config.truncation == "terminal":
-            scores = scores - config.missing_eos_penalty * truncated
+            scores = torch.where(truncated, scores - config.missing_eos_penalty, scores)
         if config.truncation == "bootstrap":   # every column of a row that was cut off is real
             scores, last_values = scores * ~truncated, values[:, -1] * truncated
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, config.kl_coef)
@@ -230,7 +234,8 @@ class PPO:
         parts = []
         for rows in self.parts(batch):
             part = data.take_rows(batch, rows)
-            parts.append({**part, "weights": token_weights(part["completion_mask"])})
+            mask = part["completion_mask"].to(self.model.dtype)
+            parts.append({**part, "weights": token_weights(mask)})
         for epoch in range(self.config.num_ppo_epochs):
             if epoch > 0 and self.config.target_kl > 0:
                 moved, tokens = self.metrics["policy/approxkl"] = self.moved(parts)
