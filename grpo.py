@@ -31,10 +31,16 @@ Which flags make which published method (defaults otherwise; none of these is mo
     RLOO (2402.14740)      --advantage rloo --scale_rewards none --loss_type dr_grpo
     ReMax (2310.10505)     --advantage remax --scale_rewards none --loss_type dr_grpo
     REINFORCE              --advantage reinforce --scale_rewards none --loss_type dr_grpo
+
+The last three carry a factor that their papers lack: dr_grpo divides the sum over an answer's
+tokens by the constant L = max_new_tokens, so that loss and gradient are 1/L times the published
+ones. Adam does not care, and KL and entropy bonus, which have the same factor, keep their
+proportion; max_grad_norm acts L times later. In TRL CISPO's ratio is clipped at epsilon_high
+itself: their epsilon_high is 1 + ours (5 there is 4 here).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +63,7 @@ class GRPOConfig:
     loss_type: Annotated[Literal["grpo", "dr_grpo", "dapo", "cispo"], "how token losses are averaged (and clipped)"] = "dapo"
     importance_sampling_level: Annotated[Literal["token", "sequence"], "ratio of each token, or of the answer (GSPO)"] = "token"
     epsilon: Annotated[float, "clip range below 1 (0.1 to 0.3)"] = 0.2
-    epsilon_high: Annotated[float, "clip range above 1; 0: the same as epsilon (0.2 to 0.4; cispo: 4)"] = 0.0
+    epsilon_high: Annotated[float, "clip range above 1 (0.2 to 0.4; cispo 4); none: epsilon"] = None
     num_iterations: Annotated[int, "passes over each batch of samples, mu in the paper (1 to 4)"] = 1
     num_minibatches: Annotated[int, "updates per pass (1 to 8)"] = 1
     beta: Annotated[float, "coefficient of the KL to the starting model (0 to 0.1)"] = 0.0
@@ -67,19 +73,38 @@ class GRPOConfig:
 
     def __post_init__(self):
         check(self, at_least_1="num_generations num_iterations num_minibatches num_prompts",
-              at_least_0="epsilon epsilon_high beta advantage_eps", above_0="temperature")
+              at_least_0="epsilon beta advantage_eps", above_0="temperature")
+        if self.epsilon_high is not None:
+            check(self, at_least_0="epsilon_high")
         if self.std_correction not in (0, 1):
             raise InputError(f"--std_correction {self.std_correction}: 1 (sample) or 0 (population) is needed")
         if self.num_generations == 1 and (self.advantage in ("group", "rloo") or self.scale_rewards == "group"):
             raise InputError("--num_generations 1 leaves a group nothing to compare with: raise it, or use "
                              "--advantage reinforce (or remax) with --scale_rewards none (or batch)")
         if self.advantage in ("remax", "reinforce") and self.scale_rewards == "group":
-            raise InputError(f"--advantage {self.advantage} needs --scale_rewards none or batch: without the group's mean, a group "
-                             "of equal rewards would be divided by a deviation of 0")
-        self.epsilon_high = self.epsilon_high or self.epsilon
+            raise InputError(f"--advantage {self.advantage} needs --scale_rewards none or batch: "
+                             "without the group's mean, a group of equal rewards has something to "
+                             "teach and no deviation to be divided by")
+        if self.advantage == "remax" and "majority" in self.reward.split(","):
+            raise InputError("--advantage remax judges one greedy answer alone, which always is "
+                             "its own --reward majority: use --advantage group or rloo")
+
+    def check_rows(self, rows):
+        """Raise InputError where a batch of so many answers has too few groups for its parts."""
+        groups = rows // self.num_generations
+        if self.num_minibatches > groups:
+            raise InputError(f"--num_minibatches {self.num_minibatches}: the {groups} groups of a "
+                             "batch (--batch_size) do not make so many parts")
 
 
 # -- pure functions ---------------------------------------------------------------------------------------------------
+
+
+def check_choice(name, value):
+    """Raise ValueError for a string that is not among the choices of the flag of that name."""
+    choices = get_args(get_args(GRPOConfig.__annotations__[name])[0])
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(choices)}")
 
 
 def group_advantages(rewards, advantage="group", scale_rewards="group", std_correction=1, advantage_eps=1e-4,
@@ -91,8 +116,10 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
 
     For group and rloo, a group whose rewards are all equal teaches nothing and gets exactly 0. It is recognised by
     max = min: the mean of equal floats need not be that float, and a residue of 1e-9 over a deviation of 1e-9 would be a
-    full-sized advantage.
+    full-sized advantage. For the same reason nothing is divided where all rewards are equal.
     """
+    check_choice("advantage", advantage)
+    check_choice("scale_rewards", scale_rewards)
     G = rewards.shape[1]
     flat = (rewards.max(1).values == rewards.min(1).values)[:, None]      # (P, 1)
     if advantage == "group":
@@ -104,21 +131,26 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
     else:                       # REINFORCE without a baseline
         centred = rewards
     if scale_rewards == "group":
-        centred = centred / (rewards.std(1, correction=std_correction, keepdim=True) + advantage_eps)
-    elif scale_rewards == "batch":
-        centred = centred / ((rewards.std(correction=std_correction) if rewards.numel() > 1 else 0) + advantage_eps)
+        std = rewards.std(1, correction=std_correction, keepdim=True)                     # (P, 1)
+        centred = torch.where(flat, centred, centred / (std + advantage_eps))
+    elif scale_rewards == "batch" and rewards.max() > rewards.min():
+        centred = centred / (rewards.std(correction=std_correction) + advantage_eps)
     return centred.masked_fill(flat, 0) if advantage in ("group", "rloo") else centred
 
 
-def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2, epsilon_high=0.2, loss_type="grpo",
-                importance_sampling_level="token"):
+def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2, epsilon_high=None,
+                loss_type="grpo", importance_sampling_level="token"):
     """The loss of each token, before aggregation. logprobs, old_logprobs, mask (B, T); advantages (B,)
 
     Returns losses (B, T), ratios (B, T) and where the clip cut the gradient off, (B, T) bool.
+    epsilon_high None: the same as epsilon.
 
     Worked example, epsilon .2: ratio 1.5 with advantage +1 gives -1.2 and no gradient: enough has been done. Ratio 1.5
     with advantage -1 gives +1.5 and a gradient: the clip never shields a mistake. (PPO, 1707.06347, eq. 7)
     """
+    check_choice("loss_type", loss_type)
+    check_choice("importance_sampling_level", importance_sampling_level)
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
     log_ratio = logprobs - old_logprobs                                                   # (B, T)
     if importance_sampling_level == "sequence":
         # GSPO (2507.18071, eq. 7): the geometric mean of the token ratios. The 1/|y| keeps it near 1 on long answers;
@@ -157,6 +189,7 @@ def token_weights(completion_mask, loss_type="grpo", max_completion_length=None)
 
     A mask of bools gives float32, a mask of numbers weights of its own precision.
     """
+    check_choice("loss_type", loss_type)
     mask = 1.0 * completion_mask
     if loss_type == "grpo":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
@@ -216,11 +249,12 @@ class GRPO:
         return {**batch, "advantages": advantages.flatten()}, metrics
 
     def minibatches(self, batch):
-        """The updates to make on a batch: num_iterations passes over num_minibatches parts, whole groups together.
-        A part is None where no row has a gradient."""
+        """The updates to make on a batch: num_iterations passes over num_minibatches parts, whole
+        groups together, as evenly as they go. A part is None where no row has a gradient."""
         config, G, parts = self.config, self.config.num_generations, []
         groups = torch.arange(len(batch["prompt_index"]), device=self.model.device).view(-1, G)
-        for rows in groups.chunk(config.num_minibatches):
+        config.check_rows(groups.numel())
+        for rows in groups.tensor_split(config.num_minibatches):   # chunk may make fewer parts
             part = data.take_rows(batch, rows.flatten())
             mask = part["completion_mask"].to(self.model.dtype)
             part["weights"] = token_weights(mask, config.loss_type, self.task.max_new_tokens)

@@ -77,6 +77,12 @@ class PPOConfig:
         if "majority" in self.reward.split(","):
             raise InputError("--reward majority compares the answers of a group: use grpo, dpo or sft --source self")
 
+    def check_rows(self, rows):
+        """Raise InputError where a batch of so many answers is too small for its parts."""
+        if self.num_mini_batches > rows:
+            raise InputError(f"--num_mini_batches {self.num_mini_batches}: the {rows} answers of a "
+                             "batch (--batch_size x --num_generations) do not make so many parts")
+
 
 # -- pure functions ---------------------------------------------------------------------------------------------------
 
@@ -211,8 +217,10 @@ class PPO:
                 "returns": returns}, metrics
 
     def parts(self, batch):
-        """The rows of each update, one part after the other."""
-        return torch.arange(len(batch["completion_ids"]), device=self.model.device).chunk(self.config.num_mini_batches)
+        """The rows of each update, one part after the other; their sizes differ by one at most."""
+        rows = torch.arange(len(batch["completion_ids"]), device=self.model.device)
+        self.config.check_rows(len(rows))
+        return rows.tensor_split(self.config.num_mini_batches)   # chunk may make fewer parts
 
     @torch.no_grad()
     def rescore(self, batch):

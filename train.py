@@ -218,6 +218,8 @@ def parse_args(argv):
             raise InputError(f"--algo {algo} makes a {SHARED[algo].lower()}, whose seed is --base_seed")
         args.seed = args.base_seed
     check(args, at_least_1="max_steps batch_size logging_steps eval_steps save_steps eval_problems")
+    if algo in ("ppo", "grpo"):
+        config.check_rows(args.batch_size * config.num_generations)
     for name in ("max_minutes", "micro_batch_size", "max_new_tokens", "warmup_steps", "weight_decay", "max_grad_norm", "top_k", "seed", "base_seed"):
         if not 0 <= getattr(args, name) < 2**40:
             raise InputError(f"--{name} {getattr(args, name)}: a number from 0 to 2^40 is needed")

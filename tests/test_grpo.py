@@ -5,6 +5,7 @@ order, micro-batches, rows left out) changes a result. The same sum in two order
 
 import copy
 import json
+import math
 import statistics
 import zlib
 from types import SimpleNamespace
@@ -553,7 +554,19 @@ def test_wrong_settings_are_refused(flags, message):
 
 
 def test_epsilon_high_follows_epsilon():
-    """0 means the same as epsilon; any other value is its own."""
-    assert GRPOConfig(epsilon=0.1).epsilon_high == 0.1
-    assert GRPOConfig(epsilon=0.1, epsilon_high=0.3).epsilon_high == 0.3
+    """Left out, it is the same as epsilon, for the flag and for the function; 0 is a number like
+    any other: then no ratio above 1 has a gradient."""
+    assert GRPOConfig(epsilon=0.1).epsilon_high is None
+    minibatch = off_policy_minibatch()[1]
+    found = {}
+    for epsilon_high in (None, 0.1, 0.3, 0.0):
+        algo = make_grpo(epsilon=0.1, epsilon_high=epsilon_high)
+        move(algo.model)
+        found[epsilon_high] = algo.loss(minibatch)[0].item()
+    assert found[None] == found[0.1] and len(set(found.values())) == 3
+    logprobs, old = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2)          # ratios 1.65 and .61
+    for epsilon_high, gain in ((None, 1.1), (0.1, 1.1), (0.3, 1.3), (0.0, 1.0)):
+        losses, _, clipped = policy_loss(logprobs, old, torch.ones(1), old == 0, 0.1, epsilon_high)
+        assert same(losses, [[-gain, -math.exp(-0.5)]], 1e-6)
+        assert clipped.tolist() == [[True, False]]
     assert GRPOConfig(num_generations=1, advantage="reinforce", scale_rewards="none").num_generations == 1
