@@ -67,6 +67,7 @@ class GRPOConfig:
     num_iterations: Annotated[int, "passes over each batch of samples, mu in the paper (1 to 4)"] = 1
     num_minibatches: Annotated[int, "updates per pass (1 to 8)"] = 1
     beta: Annotated[float, "coefficient of the KL to the starting model (0 to 0.1)"] = 0.0
+    use_bias_correction_kl: Annotated[bool, "KL: k3 times the ratio, see k3"] = False
     entropy_coef: Annotated[float, "coefficient of the entropy bonus (0 to 0.01)"] = 0.0
     mask_truncated_completions: Annotated[bool, "leave answers that ran out of tokens out of the loss"] = False
     num_prompts: Annotated[int, "size of the finite set of training problems (500 to 100000)"] = 4000
@@ -169,15 +170,21 @@ def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2
     return losses, ratio, clipped & completion_mask.bool()
 
 
-def k3(logprobs, ref_logprobs):
+def k3(logprobs, ref_logprobs, old_logprobs=None):
     """Schulman's estimate of KL(pi || pi_ref) at each token: never negative, unbiased as a value. (B, T) -> (B, T)
 
     As a loss it is not what its name says. Differentiated through log pi on the policy's own samples, its expected
     gradient is that of the forward KL(pi_ref || pi), state by state: E_pi[grad k3] = E_pi[(1 - pi_ref/pi) grad log pi]
     = - sum_y pi_ref grad log pi. GRPO has used it since DeepSeekMath (2402.03300, eq. 4); near pi_ref the two agree.
+
+    The fix, with old_logprobs: k3 times the token's ratio pi/pi_old, which is differentiated too
+    (DeepSeek-V3.2, 2512.02556, eq. 7; TRL's default since 1.10 as use_bias_correction_kl). Given
+    the tokens before, sampled by pi_old, E_old[ratio k3] = E_pi[k3] = KL(pi || pi_ref): value and
+    gradient are the KL's, on-policy and off.
     """
     log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - 1 - log_ratio
+    estimate = log_ratio.exp() - 1 - log_ratio
+    return estimate if old_logprobs is None else (logprobs - old_logprobs).exp() * estimate
 
 
 def token_weights(completion_mask, loss_type="grpo", max_completion_length=None):
@@ -304,7 +311,8 @@ class GRPO:
         metrics = {"entropy": ((entropy.detach() * mask).sum(), n), "clip_ratio": (clipped.sum(), n),
                    "max_ratio": (ratio.detach() * mask).max()}
         if config.beta > 0:
-            kl = k3(logprobs, batch["ref_logprobs"])                                           # (B, T)
+            correction = old_logprobs if config.use_bias_correction_kl else None
+            kl = k3(logprobs, batch["ref_logprobs"], correction)                     # (B, T)
             losses = losses + config.beta * kl
             metrics["kl"] = ((kl.detach() * mask).sum(), n)
         return (losses * batch["weights"]).sum(), metrics

@@ -333,8 +333,10 @@ def test_k3_is_a_nonnegative_unbiased_estimate():
 
 
 def test_estimators_of_the_kl_as_losses_of_whole_answers():
-    """On log-ratios of whole answers, differentiated on the policy's samples: k1 has no expected gradient at all, k2 has
-    that of KL(pi || ref), and k3 that of KL(ref || pi), the other way round (joschu.net/blog/kl-approx.html has them as values; the survey does not say so)."""
+    """On log-ratios of whole answers, differentiated on the policy's samples: k1 has no expected
+    gradient at all, k2 has that of KL(pi || ref), and k3 that of KL(ref || pi), the other way
+    round; k3 times the ratio, which is 1, has that of KL(pi || ref) again
+    (joschu.net/blog/kl-approx.html has them as values; the survey does not say so)."""
     log_pi, log_ref = sequence_logprobs(LOGITS), sequence_logprobs(table(2)).detach()
     reverse = gradient((PI * (log_pi - log_ref)).sum(), LOGITS)
     forward = gradient((log_ref.exp() * (log_ref - log_pi)).sum(), LOGITS)
@@ -342,6 +344,9 @@ def test_estimators_of_the_kl_as_losses_of_whole_answers():
     k2 = gradient((PI.detach() * (log_pi - log_ref) ** 2 / 2).sum(), LOGITS)
     k3 = gradient((PI.detach() * grpo.k3(log_pi, log_ref)).sum(), LOGITS)
     assert close(k1, 0) and close(k2, reverse) and close(k3, forward) and not close(forward, reverse, 0.01)
+    corrected = grpo.k3(log_pi, log_ref, log_pi.detach())
+    assert close(gradient((PI.detach() * corrected).sum(), LOGITS), reverse)
+    assert torch.equal(corrected, grpo.k3(log_pi, log_ref))
 
 
 def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl():
@@ -404,10 +409,11 @@ def test_policy_loss_gradients_by_finite_differences(loss_type, level):
 
 
 def test_other_gradients_by_finite_differences():
-    """The same for the SFT loss, from the logits on, and for k3."""
-    ref = token_logprobs(table(3)).detach()
+    """The same for the SFT loss, from the logits on, and for k3, with and without the ratio."""
+    ref, old = token_logprobs(table(3)).detach(), token_logprobs(table(4)).detach()
     assert torch.autograd.gradcheck(lambda z: sft.token_loss(token_logprobs(z)), LOGITS)
     assert torch.autograd.gradcheck(lambda z: grpo.k3(token_logprobs(z), ref), LOGITS)
+    assert torch.autograd.gradcheck(lambda z: grpo.k3(token_logprobs(z), ref, old), LOGITS)
 
 
 # -- off-policy ratios ------------------------------------------------------------------------------------------------
@@ -452,6 +458,28 @@ def test_token_and_gspo_ratios_are_biased_off_policy(level):
     losses, _, _ = grpo.policy_loss(lp, lp.detach(), REWARD, MASK, **flags)
     on_policy = gradient((PI.detach() * REWARD * (scale[:, 0] * sequence_logprobs(LOGITS))).sum(), LOGITS)
     assert close(gradient(expected(losses * scale, PI), LOGITS), -on_policy)
+
+
+@pytest.mark.parametrize("sampler", [LOGITS, OLD], ids=["on-policy", "off-policy"])
+def test_k3_times_the_ratio_has_the_gradient_of_the_kl(sampler):
+    """On samples of pi_old, whichever that is, ratio x k3, summed per token, is on average
+    sum_s d_old(s) KL(pi(.|s) || ref(.|s)), with the visits d_old(s) of pi_old held fixed: in value
+    and in gradient (2512.02556, eq. 7). k3 alone has neither off-policy, and on-policy the value of
+    KL(pi || ref) with the gradient of KL(ref || pi)."""
+    lp, ref, old = token_logprobs(LOGITS), table(2).detach(), token_logprobs(sampler).detach()
+    samples = sequence_logprobs(sampler).exp().detach()             # (15,), their probabilities
+    visits = torch.zeros(7, dtype=torch.float64)
+    visits = visits.index_add(0, STATE[MASK], samples[:, None].expand(15, 3)[MASK])
+    logp, logq = LOGITS.log_softmax(-1), ref.log_softmax(-1)
+    kl = (visits * (logp.exp() * (logp - logq)).sum(-1)).sum()
+    forward = (visits * (logq.exp() * (logq - logp)).sum(-1)).sum()
+    corrected = expected(grpo.k3(lp, token_logprobs(ref), old), samples)
+    alone = expected(grpo.k3(lp, token_logprobs(ref)), samples)
+    assert close(corrected, kl) and close(gradient(corrected, LOGITS), gradient(kl, LOGITS))
+    assert not close(gradient(alone, LOGITS), gradient(kl, LOGITS), 0.01)
+    on_policy = sampler is LOGITS
+    assert close(alone, kl) == on_policy
+    assert close(gradient(alone, LOGITS), gradient(forward, LOGITS)) == on_policy
 
 
 # -- self-training and judging ----------------------------------------------------------------------------------------

@@ -117,6 +117,42 @@ def test_the_logged_kl_is_per_answer_that_is_trained(truncation):
     assert float(total) == pytest.approx(sum(kls), abs=1e-4)
 
 
+# -- the KL times the ratio -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_bias_correction_reaches_the_loss(level):
+    """--use_bias_correction_kl: off the sampling policy, beta times k3 times each token's own
+    ratio, in the loss and in the log, also where the policy's ratio is that of the whole answer."""
+    flags = dict(num_iterations=2, beta=0.3, importance_sampling_level=level)
+    algo, without = make_grpo(use_bias_correction_kl=True, **flags), make_grpo(**flags)
+    minibatch = algo.minibatches(collect(algo)[0])[0]
+    for one in (algo, without):
+        move(one.model)
+    logprobs, mask = algo.logprobs(algo.model, minibatch)[0].detach(), minibatch["completion_mask"]
+    log_ratio = minibatch["ref_logprobs"] - logprobs
+    kl = log_ratio.exp() - 1 - log_ratio
+    corrected = (logprobs - minibatch["old_logprobs"]).exp() * kl
+    (loss, metrics), (plain_loss, plain_metrics) = (one.loss(minibatch) for one in (algo, without))
+    difference = 0.3 * ((corrected - kl) * minibatch["weights"]).sum()
+    assert same(loss - plain_loss, difference, 1e-5) and difference.abs() > 0.01
+    assert same(metrics["kl"][0], corrected[mask].sum(), 1e-4)
+    assert same(plain_metrics["kl"][0], kl[mask].sum(), 1e-4)
+
+
+def test_on_policy_the_bias_correction_changes_the_gradient_alone():
+    """Where every batch is used once the ratio is 1: the same loss, another gradient."""
+    losses, gradients = [], []
+    for corrected in (False, True):
+        algo = make_grpo(beta=0.3, use_bias_correction_kl=corrected)
+        [minibatch] = algo.minibatches(collect(algo)[0])
+        loss, _ = algo.loss(minibatch)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in algo.model.parameters()]))
+    assert losses[0] == losses[1] and not same(gradients[0], gradients[1], 1e-3)
+
+
 # -- advantages -----------------------------------------------------------------------------------
 
 
@@ -185,13 +221,15 @@ def test_functions_take_the_choices_of_their_flag_and_no_other(what, name, choic
 # -- flags ----------------------------------------------------------------------------------------
 
 
-def test_epsilon_high_on_the_command_line():
-    """--epsilon_high is a number, 0 included, or left out (the help says none)."""
+def test_epsilon_high_and_the_bias_correction_on_the_command_line():
+    """--epsilon_high is a number, 0 included, or left out (the help says none); below 0 it is
+    refused. --use_bias_correction_kl may stand alone."""
     def config(*flags):
         return train.parse_args(["--algo", "grpo", *flags])[1]
-    assert config().epsilon_high is None
+    assert config().epsilon_high is None and config().use_bias_correction_kl is False
     assert config("--epsilon_high", "0.28").epsilon_high == 0.28
     assert config("--epsilon_high", "0").epsilon_high == 0
+    assert config("--use_bias_correction_kl").use_bias_correction_kl is True
     with pytest.raises(InputError, match="--epsilon_high -0.1: a number of at least 0"):
         config("--epsilon_high=-0.1")
     assert "none: epsilon [none]" in " ".join(train.make_parser("grpo").format_help().split())
