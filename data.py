@@ -304,10 +304,11 @@ class JsonLines:
         """The name of a file's runs: `my/gsm8k train.jsonl` -> `gsm8k-train`."""
         return re.sub(r"\W+", "-", re.split(r"[/\\]", str(path))[-1].removesuffix(".jsonl")) or "data"
 
-    def require(self, *columns, room=None, tokenizer=None, block_size=None):
-        """Raise InputError, naming file, line and reason, for the first line that lacks one of the columns or whose
-        tokens, with `room` more to be sampled and the two <end>s around them, exceed block_size."""
-        for row in self.train + self.test:
+    def require(self, *columns, rows=None, room=None, tokenizer=None, block_size=None):
+        """Raise InputError, naming file, line and reason, for the first line (of `rows`, if given)
+        that lacks one of the columns or whose tokens, with `room` more to be sampled and the two
+        <end>s around them, exceed block_size."""
+        for row in self.train + self.test if rows is None else rows:
             where = row[WHERE]
             missing = [c for c in columns if c not in row]
             if missing:

@@ -30,6 +30,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class What:
     """what to run"""
     algo: Annotated[Literal["pretrain", "sft", "dft", "dpo", "rm", "ppo", "grpo"],
                     "the algorithm; a list, as in sft,dpo:sync_steps=inf,grpo, compares them"] = "grpo"
-    seeds: Annotated[int, "of a comparison: run each algorithm with seeds 0, 1, ..."] = 1
+    seeds: Annotated[int, "of a comparison: how many seeds each runs with, from --seed on"] = 1
     init_from: Annotated[str, "start from this checkpoint, a folder or a file; none: the task's base model"] = None
     base_seed: Annotated[int, "seed of the base model, apart from --seed"] = 0
     reward_model: Annotated[str, "of --reward model: a folder or file of --algo rm; none: the task's, made first if need be"] = None
@@ -143,12 +144,13 @@ def number(text):
     return float(text)
 
 
-def add_fields(group, config_class, defaults={}, suppress=False):
-    """A flag for every annotated field of a config dataclass. `suppress`: absent from the result unless it was given.
-    A bool may be given without a value: --resume is --resume true."""
+def add_fields(group, config_class, defaults={}, suppress=False, only=None):
+    """A flag for every annotated field of a config dataclass, or for those in `only`. `suppress`:
+    absent from the result unless it was given. A bool may be given without a value: --resume is
+    --resume true."""
     for field in dataclasses.fields(config_class):
         hint = typing.get_type_hints(config_class, include_extras=True)[field.name]
-        if typing.get_origin(hint) is not Annotated:
+        if typing.get_origin(hint) is not Annotated or only and field.name not in only:
             continue
         kind, text = typing.get_args(hint)
         default = defaults.get(field.name, field.default)
@@ -166,14 +168,15 @@ def add_fields(group, config_class, defaults={}, suppress=False):
 
 def make_parser(algo):
     algorithm = ALGORITHMS[algo]
-    own = {"completion_only": False} if algo == "pretrain" else {}
     parser = Parser(prog="train.py", usage="python train.py --algo {%s} [flags]" % ",".join(ALGORITHMS), description=__doc__,
                     allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                         prog, max_help_position=34, width=120))
     for flags in (What, Task, Loop, Optimizer, Machine):
         add_fields(parser.add_argument_group(flags.__doc__), flags, PRETRAIN if algo == "pretrain" else algorithm.defaults)
     add_fields(parser.add_argument_group("the model (of a new base; other models bring their own shape)"), GPTConfig, suppress=True)
-    add_fields(parser.add_argument_group(f"{algo}, from {algorithm.__module__}.py"), algorithm.Config, own)
+    group = parser.add_argument_group(f"{algo}, from {algorithm.__module__}.py")
+    only = {"num_documents"} if algo == "pretrain" else None    # the one of sft.py about a corpus
+    add_fields(group, algorithm.Config, only=only)
     return parser
 
 
@@ -186,11 +189,12 @@ def underscores(argv):
 
 
 def which(argv):
-    """--algo, --seeds and --out_dir, which say whether this is a run or a comparison, and the other words of argv."""
+    """The flags that a comparison reads itself, and the other words of argv."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algo", default="grpo")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--out_dir")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out_dir", type=os.path.normpath)
     return parser.parse_known_args(argv)
 
 
@@ -208,7 +212,7 @@ def parse_args(argv):
         raise InputError(f"{unknown[0]} is unknown{f': did you mean {near[0]}?' if near else ''}; --help lists the flags")
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(GPTConfig) if f.name in given}
-    names = [f.name for f in dataclasses.fields(ALGORITHMS[algo].Config)]
+    names = [f.name for f in dataclasses.fields(ALGORITHMS[algo].Config) if hasattr(args, f.name)]
     config = ALGORITHMS[algo].Config(**{name: getattr(args, name) for name in names})
     if algo == "pretrain":
         args.completion_only = config.completion_only = False
@@ -231,8 +235,11 @@ def parse_args(argv):
     if (args.top_k or args.top_p < 1) and not (args.eval_only or args.sample is not None):
         raise InputError("--top_k and --top_p are for --sample and --eval_only: training scores the whole distribution, "
                          "and what is sampled from a part of it would not be the policy's own")
+    if args.inspect and algo in SHARED:
+        raise InputError(f"--inspect shows what a policy is taught; --algo {algo} has none")
     if args.eval_data and not args.data:
         raise InputError("--eval_data needs --data")
+    args.out_dir = args.out_dir and os.path.normpath(args.out_dir)   # `run/` is `run`
     return args, config, shape
 
 
@@ -326,10 +333,17 @@ def set_random_states(states):
 
 
 def learning_rate(args, step):
-    """Linear warm-up, then constant or falling to a tenth of the peak at max_steps."""
+    """Linear warm-up, then constant or falling to a tenth of the peak at max_steps. With --restart
+    both start over with each round, as the weights do; rounds are cut as in sft.py."""
+    steps = args.max_steps
+    if getattr(args, "restart", False) and args.source == "self":
+        rounds = min(args.rounds, steps)
+        this_round = step * rounds // steps
+        first, end = (math.ceil(r * steps / rounds) for r in (this_round, this_round + 1))
+        step, steps = step - first, end - first
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     fall = {"constant": 0.0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done)}[args.lr_scheduler_type]
     return args.learning_rate * (1 - 0.9 * fall)
 
@@ -377,6 +391,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
     path, metrics_path = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "metrics.jsonl"))
     settings = {**vars(args), "model_config": dataclasses.asdict(model.config)}
     step, seconds, counts = 0, 0.0, {"updates": 0, "sampled_tokens": 0, "trained_tokens": 0}
+    totals, tally = {}, dict(collect=0.0, train=0.0, sampled=0, trained=0)   # since the last line
     started = time.time()
 
     def evaluate(full):
@@ -395,6 +410,8 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_states(checkpoint["random_states"])
         step, counts, before, seconds = (checkpoint[k] for k in ("step", "counts", "before", "seconds"))
+        totals, tally = checkpoint["totals"], checkpoint["tally"]
+        pretrain_seconds = checkpoint["pretrain_seconds"]
         lines = [line for line in report.read_metrics(metrics_path) if line["step"] <= step]   # the rest happens again
     started = time.time() - seconds
     write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -403,7 +420,9 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
         networks = {name: {k: v.cpu() for k, v in n.state_dict().items()} for name, n in {**algo.networks, **algo.frozen}.items()}
         content = {"model": networks["model"], "model_config": dataclasses.asdict(model.config), "tokenizer": args.tokenizer,
                    "networks": networks, "optimizer": optimizer.state_dict(), "step": step, "counts": counts, "before": before,
-                   "seconds": time.time() - started, "random_states": random_states(), "settings": settings}
+                   "seconds": time.time() - started, "pretrain_seconds": pretrain_seconds,
+                   "totals": totals, "tally": tally, "random_states": random_states(),
+                   "settings": settings}
         write(path, lambda tmp: torch.save(content, tmp))
 
     interrupted = []
@@ -417,8 +436,8 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
     examples = algo.examples(args.seed)
     generator = torch.Generator(args.device)
     bar = tqdm(total=args.max_steps, initial=step, desc=args.algo, unit="step", disable=args.algo != "pretrain", mininterval=1)
-    console, totals, tally = report.Console(), {}, dict(collect=0.0, train=0.0, sampled=0, trained=0)   # since the last line
-    saved_at, start_step, loop_started = step if checkpoint else None, step, time.time()
+    console, loop_started = report.Console(), time.time()
+    saved_at, start_step = step if checkpoint else None, step
     try:
         while step < args.max_steps and not interrupted:
             for group in optimizer.param_groups:
@@ -436,7 +455,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
             try:
                 for minibatch in minibatches:
                     trained += update(args, algo, optimizer, minibatch, totals)
-                    counts["updates"] += 1
+                    counts["updates"] += 1     # a step of the optimizer, whether or not a row had a gradient
                 if step + 1 == args.max_steps or (step + 1) % args.save_steps == 0:   # never save, or end with, what has blown up
                     if not all(p.isfinite().all() for n in algo.networks.values() for p in n.parameters()):
                         raise FloatingPointError
@@ -491,19 +510,64 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
 # -- from the command line to the loop ----------------------------------------------------------------------------------
 
 
+def judging(args):
+    """Whether a model is only asked or judged, and nothing trained."""
+    return args.eval_only or args.sample is not None
+
+
 def make_task(args, config, tokenizer, block_size):
-    """The task that the flags name. Raises InputError where a file lacks a column that the algorithm needs, or room."""
-    if not args.data:
+    """The task that the flags name. Raises InputError where a file lacks a column that is needed,
+    or where what is to be read does not fit the context."""
+    if args.data:
+        task = data.JsonLines(args.data, args.eval_data, args.max_new_tokens or 32)
+        check_lines(args, config, task, tokenizer, block_size)
+    else:
         task = data.Chain(args.min_terms, args.max_terms) if args.task == "chain" else data.Countdown()
         task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-        return task
-    task = data.JsonLines(args.data, args.eval_data, args.max_new_tokens or 32)
-    if not (args.eval_only or args.sample is not None):
-        choices = ALGORITHMS[args.algo].columns(config)
-        columns = next((c for c in choices if set(c) <= set(task.train[0])), choices[0])
-        sampled = not {"text", "completion", "chosen"} & set(columns)                 # then answers need room
-        task.require(*columns, room=task.max_new_tokens if sampled else None, tokenizer=tokenizer, block_size=block_size)
+    for example in longest_examples(args, config, task):
+        prompt = 1 + len(tokenizer.encode(example["prompt"]))
+        answer = 1 + len(tokenizer.encode(example.get("completion", "")))
+        answer = max(answer, task.max_new_tokens)
+        if prompt + answer > block_size:
+            raise InputError(f"a prompt of {prompt} tokens and {answer} for its answer do not fit "
+                             f"block_size {block_size}: shorten the prompt, lower --max_new_tokens "
+                             "or raise --block_size")
     return task
+
+
+def check_lines(args, config, task, tokenizer, block_size):
+    """Raise InputError for the first line of a file that cannot be trained on, or judged by."""
+    algorithm, size = ALGORITHMS[args.algo], dict(tokenizer=tokenizer, block_size=block_size)
+    if not judging(args):
+        choices = [("prompt", "answer")] if args.inspect == "all" else algorithm.columns(config)
+        columns = next((c for c in choices if set(c) <= set(task.train[0])), choices[0])
+        sampled = not {"text", "completion", "chosen"} & set(columns)          # answers need room
+        task.require(*columns, room=task.max_new_tokens if sampled else None, **size)
+    if args.sample is None and not hasattr(algorithm, "evaluate") and task.test:
+        sampled, columns = "answer" in task.columns, ("prompt",)         # as in report.evaluate
+        if not sampled:
+            choices = [("prompt", "completion"), ("prompt", "chosen"), ("text",), ()]
+            columns = next(c for c in choices if set(c[-1:]) <= set(task.test[0]))
+        room = task.max_new_tokens if sampled else None
+        task.require(*columns, rows=task.test, room=room, **size)
+
+
+def longest_examples(args, config, task):
+    """The longest of what a model reads that comes from no file: the prompt to answer, or problems
+    of most terms, with their solutions where demonstrations are trained on."""
+    if args.sample is not None:
+        return [{"prompt": args.sample}]
+    if args.data:
+        return []
+    task = data.Chain(args.max_terms, args.max_terms) if args.task == "chain" else task
+    shown = ALGORITHMS[args.algo].columns(config)[0] == ("prompt", "completion")
+    examples = [task.demonstration(random.Random(i)) for i in range(50)]
+    return [e if shown else {"prompt": e["prompt"]} for e in examples]
+
+
+def learned(config):
+    """Whether a reward model is among the rewards."""
+    return "model" in getattr(config, "reward", "").split(",")
 
 
 def task_name(args):
@@ -556,9 +620,68 @@ def is_finished(args):
     return os.path.exists(path) and read_json(path)["steps"] >= args.max_steps
 
 
+def check_folder(path):
+    """Raise InputError where a run could not write into the folder `path`, which need not exist."""
+    there = path
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        tempfile.TemporaryFile(dir=there or ".").close()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another "
+                         "--out_dir") from None
+
+
+def start_model(args, shape, path):
+    """The model of a checkpoint that a run starts from. Raises InputError where it cannot."""
+    checkpoint = read_checkpoint(path)
+    model = build_model(args, checkpoint)
+    asked = GPTConfig(**{"vocab_size": 258, **shape})
+    for name, value in shape.items():
+        if args.init_from and getattr(model.config, name) != getattr(asked, name):
+            raise InputError(f"{path} has {name} {getattr(model.config, name)}, not {value}: "
+                             "leave the flag out")
+    if model.config.scalar_head:
+        raise InputError(f"{path} is a reward model, which cannot write; give it as --reward_model")
+    if checkpoint.get("tokenizer", args.tokenizer) != args.tokenizer:
+        raise InputError(f"{path} was trained with --tokenizer {checkpoint['tokenizer']}")
+    return model
+
+
+def give_reward_model(task, args, path, tokenizer):
+    """Let the task score answers by the reward model in `path`. Raises InputError if it is none."""
+    model = build_model(args, read_checkpoint(path)).requires_grad_(False)
+    if not model.config.scalar_head or model.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(f"{path} is no reward model for this tokenizer: make one with --algo rm")
+    task.reward_model, task.learned_reward = model, rm.scorer(model, tokenizer)
+
+
+def prepare(args, config, shape, tokenizer):
+    """The model of --init_from (None: it will be the base) and the task. Raises InputError for all
+    that flags and files show to be wrong, before anything is trained: the algorithm is set up once,
+    on a model as small as can be."""
+    model = start_model(args, shape, args.init_from) if args.init_from else None
+    start = model.config if model else GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape})
+    task = make_task(args, config, tokenizer, start.block_size)
+    if judging(args):
+        return model, task
+    check_folder(args.out_dir)
+    if learned(config) and args.reward_model:
+        give_reward_model(task, args, args.reward_model, tokenizer)
+    elif learned(config):
+        its_args, its_config, its_shape = parse_args(shared_command(args, shape, "rm"))
+        its_args.out_dir = shared_dir(its_args, its_shape)
+        prepare(its_args, its_config, its_shape, tokenizer)
+        task.learned_reward = task.reward                 # until there is a reward model
+    small = GPT(GPTConfig(start.vocab_size, start.block_size, n_layer=1, n_head=1, n_embd=2))
+    ALGORITHMS[args.algo](config, small, small, tokenizer, task)
+    return model, task
+
+
 def check_same_settings(args, shape, checkpoint, path):
     """A run goes on with the settings with which it began, or not at all."""
-    missing = {"networks", "optimizer", "step", "counts", "before", "seconds", "random_states", "settings"} - set(checkpoint)
+    missing = {"networks", "optimizer", "step", "counts", "before", "seconds", "pretrain_seconds",
+               "totals", "tally", "random_states", "settings"} - set(checkpoint)
     if missing:
         raise InputError(f"{path} holds a model but no {sorted(missing)[0]}, and cannot be resumed; use --init_from {path}")
     saved = {**checkpoint["settings"], **{name: checkpoint["model_config"][name] for name in shape}}
@@ -577,33 +700,58 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} held an earlier run, which is now {out_dir}.{n} (--resume would have gone on with it)")
 
 
+def plan(asked, common):
+    """The runs of a comparison, {folder: (variant, args, shape, command)}, variant by variant and
+    seed by seed. Raises InputError where one cannot be run or has nothing to be compared by."""
+    runs = {}
+    for variant in asked.algo.split(","):
+        name, *flags = variant.split(":")
+        if name in SHARED:
+            raise InputError(f"--algo {name} makes what the others start from and cannot be "
+                             "compared with them")
+        own = {flag.split("=")[0].replace("-", "_") for flag in flags}
+        for seed in range(asked.seed, asked.seed + asked.seeds):
+            command = ["--algo", name, *common, *(f"--{flag}" for flag in flags)]   # the last wins
+            command += ["--seed", str(seed)]
+            args, config, shape = parse_args(command)
+            if (judging(args) or args.resume or args.inspect
+                    or own & {"algo", "seed", "seeds", "out_dir"}):
+                raise InputError("a comparison goes on by itself and gives all variants the same "
+                                 "seeds, from --seed on, --seeds of them: leave out --resume, "
+                                 "--eval_only, --sample, --inspect, and a variant's own seed")
+            pick_device(args)
+            folder = re.sub("[^a-zA-Z0-9_.]+", "-", variant)
+            args.out_dir = f"out/{task_name(args)}-{folder}-{seed}"
+            if args.out_dir in runs:
+                raise InputError(f"{runs[args.out_dir][0]} and {variant} are, or look like, the "
+                                 "same")
+            runs[args.out_dir] = variant, args, shape, [*command, "--out_dir", args.out_dir]
+        _, task = prepare(args, config, shape, data.Tokenizer(args.tokenizer))
+        judged = {"answer", "completion", "chosen", "text"}
+        if args.data and not (task.test and all(judged & set(line) for line in task.test)):
+            raise InputError(f"{args.data}: no held-out lines with an answer, a completion or a "
+                             "text to compare by; give some as --eval_data")
+    return runs
+
+
 def compare(argv):
-    """--algo a,b:flag=value,c --seeds N: run each N times from the same base and put the results into one table. What is
-    finished already is reused, what was interrupted goes on. Returns the exit code."""
+    """--algo a,b:flag=value,c --seeds N: run each N times from the same base and put the results
+    into one table. What is finished already is reused, what was interrupted goes on. Returns the
+    exit code."""
     asked, common = which(argv)
     asked.seeds = 1 if asked.seeds is None else asked.seeds
     check(asked, at_least_1="seeds")
-    runs = []
-    for variant in asked.algo.split(","):
-        name, *flags = variant.split(":")
-        for seed in range(asked.seeds):
-            command = ["--algo", name, *(f"--{flag}" for flag in flags), *common]
-            args, _, shape = parse_args([*command, "--seed", str(seed)])
-            pick_device(args)
-            if name in SHARED:
-                raise InputError(f"--algo {name} makes what the others start from and cannot be compared with them")
-            if {"--seed", "--resume", "--eval_only", "--sample", "--inspect"} & {word.split("=")[0] for word in command}:
-                raise InputError("a comparison chooses seeds (--seeds) and goes on by itself: leave out --seed, --resume, "
-                                 "--eval_only, --sample and --inspect")
-            args.out_dir = f"out/{task_name(args)}-{re.sub('[^a-zA-Z0-9_.]+', '-', variant)}-{seed}"
-            runs.append((variant, args, shape, [*command, "--seed", str(seed), "--out_dir", args.out_dir]))
-    again = f"python train.py {shlex.join(argv)}"
-    if args.init_from is None and ensure("pretrain", args, shape, again) is None:
-        return 130
-    folder, results = asked.out_dir or f"out/{task_name(args)}-compare", []
+    runs, results, again = plan(asked, common), [], f"python train.py {shlex.join(argv)}"
+    folder = asked.out_dir or f"out/{task_name(next(iter(runs.values()))[1])}-compare"
+    check_folder(folder)
+    bases = {tuple(shared_command(args, shape, "pretrain")): (args, shape)
+             for _, args, shape, _ in runs.values() if args.init_from is None}
+    for args, shape in bases.values():
+        if ensure("pretrain", args, shape, again) is None:
+            return 130
     handler = signal.signal(signal.SIGINT, lambda *_: None)   # Ctrl-C reaches the run itself, which saves and ends with 130
     try:
-        for variant, args, shape, command in (bar := tqdm(runs, desc="runs", unit="run")):
+        for variant, args, shape, command in (bar := tqdm(runs.values(), desc="runs", unit="run")):
             path, same = os.path.join(args.out_dir, "ckpt.pt"), False
             if os.path.exists(path):
                 try:
@@ -638,8 +786,8 @@ def run(argv, again=None):
         return compare(argv)
     args, config, shape = parse_args(argv)
     pick_device(args)
-    algorithm, judging = ALGORITHMS[args.algo], args.eval_only or args.sample is not None
-    shared = args.algo in SHARED and not judging
+    algorithm = ALGORITHMS[args.algo]
+    shared = args.algo in SHARED and not judging(args)
     args.out_dir = args.out_dir or (shared_dir(args, shape) if shared else f"out/{task_name(args)}-{args.algo}-{args.seed}")
     path, outermost = os.path.join(args.out_dir, "ckpt.pt"), again is None
     once_more = again or f"python train.py {shlex.join(argv)}"
@@ -663,36 +811,24 @@ def run(argv, again=None):
         if is_finished(args):
             print(f"{args.out_dir} is finished: {checkpoint['step']} of {args.max_steps} steps")
             return 0
+        task = make_task(args, config, tokenizer, model.config.block_size)
         print(f"Resuming {args.out_dir} at step {checkpoint['step']} of {args.max_steps}", flush=True)
-    elif args.algo == "pretrain" and not judging:
-        torch.manual_seed(args.seed)
-        model = GPT(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape})).to(args.device)
-        model.skip_padding = args.device == "cpu"
     else:
-        start = args.init_from
-        if start is None:
+        model, task = prepare(args, config, shape, tokenizer)
+        if args.algo == "pretrain" and not judging(args):
+            torch.manual_seed(args.seed)
+            model = GPT(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **shape})).to(args.device)
+            model.skip_padding = args.device == "cpu"
+        elif model is None:
             base = ensure("pretrain", args, shape, once_more)
             if base is None:
                 return 130
-            start, pretrain_seconds = base[0], base[1]["seconds"]
-        start_checkpoint = read_checkpoint(start)
-        model = build_model(args, start_checkpoint)
-        for name, value in shape.items():
-            if args.init_from and getattr(model.config, name) != getattr(GPTConfig(**{"vocab_size": 258, **shape}), name):
-                raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: leave the flag out")
-        if model.config.scalar_head:
-            raise InputError(f"{start} is a reward model, which cannot write; give it as --reward_model")
-        if start_checkpoint.get("tokenizer", args.tokenizer) != args.tokenizer:
-            raise InputError(f"{start} was trained with --tokenizer {start_checkpoint['tokenizer']}")
-    task = make_task(args, config, tokenizer, model.config.block_size)
-    if "model" in getattr(config, "reward", "").split(",") and not judging:
+            model, pretrain_seconds = start_model(args, shape, base[0]), base[1]["seconds"]
+    if learned(config) and not judging(args) and not hasattr(task, "reward_model"):
         made = (args.reward_model, None) if args.reward_model else ensure("rm", args, shape, once_more)
         if made is None:
             return 130
-        task.reward_model = build_model(args, read_checkpoint(made[0])).requires_grad_(False)
-        if not task.reward_model.config.scalar_head or task.reward_model.config.vocab_size != model.config.vocab_size:
-            raise InputError(f"{made[0]} is no reward model for this tokenizer: make one with --algo rm")
-        task.learned_reward = rm.scorer(task.reward_model, tokenizer)
+        give_reward_model(task, args, made[0], tokenizer)
     if args.sample is not None:
         report.sample_and_print(args, model, tokenizer, task)
         return 0
@@ -721,8 +857,6 @@ def run(argv, again=None):
 
 def inspect(args, algo, ref_model):
     """--inspect: what a step would do to each token of its batch."""
-    if args.algo in SHARED:
-        raise InputError(f"--inspect shows what a policy is taught; --algo {args.algo} has none")
     generator = torch.Generator(args.device).manual_seed(args.seed)
     if args.inspect == "one":
         examples = algo.examples(args.seed)

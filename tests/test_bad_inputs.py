@@ -198,6 +198,105 @@ def test_rewards(tiny_base, flags, expected):
     assert expected in complaint("--init_from", tiny_base, *FAST, *flags.split())
 
 
+# -- on a machine where no base model has been made yet ------------------------------------------
+
+
+def lines(count=9, **columns):
+    """The text of a .jsonl file: `count` objects, in whose columns {} is the number of the line."""
+    def filled(n):
+        return {c: v.format(n) if isinstance(v, str) else v for c, v in columns.items()}
+    return "".join(json.dumps(filled(n)) + "\n" for n in range(count))
+
+
+FILES = {"sums": lines(prompt="{}+1=", completion="2"), "texts": lines(text="1+{}"),
+         "numbers": lines(prompt="{}+1=", completion=2), "prompts": lines(prompt="{}+1="),
+         "answers": lines(prompt="{}+1=", completion="2", answer="2"),
+         "pairs": lines(prompt="{}+1=", chosen="2", rejected="3"),
+         "broken": lines(1, text="a") + "{"}
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--algo sft --data nowhere", "nowhere: No such file or directory"),
+    ("--algo sft --data broken", "broken, line 2: not JSON"),
+    ("--data sums", "sums, line 1: no column 'answer'"),
+    ("--algo ppo --data sums", "sums, line 1: no column 'answer'"),
+    ("--algo dpo --data sums", "sums, line 1: no column 'chosen'"),
+    ("--algo rm --data sums", "sums, line 1: no column 'chosen'"),
+    ("--algo dft --source self --data sums", "sums, line 1: no column 'answer'"),
+    ("--algo sft --data sums --eval_data broken", "broken, line 2: not JSON"),
+    ("--algo sft --data sums --block_size 5", "sums, line 1: 7 tokens do not fit --block_size 5"),
+    ("--algo dft --data answers --eval_data answers --block_size 36", "answers, line 1: 37 tokens"),
+    ("--inspect all --algo sft --data sums", "sums, line 1: no column 'answer'"),
+    ("--eval_only --data numbers --eval_data numbers", "numbers, line 1: column 'completion' is"),
+    ("--eval_only --data sums --eval_data sums --block_size 6", "sums, line 1: 7 tokens do not"),
+    ("--eval_only --data texts --eval_data texts --block_size 4", "texts, line 1: 5 tokens do not"),
+    ("--eval_only --data pairs --eval_data pairs --block_size 6", "pairs, line 1: 7 tokens do not"),
+    ("--out_dir sums", "cannot write sums: Not a directory"),
+    ("--algo rm --out_dir sums/below/that", "cannot write sums/below/that: Not a directory"),
+    ("--init_from nowhere", "nowhere: there is no checkpoint there"),
+    ("--reward correctness", "--reward correctness is unknown for chain"),
+    ("--algo dpo --reward format --task countdown", "--reward format is unknown for countdown"),
+    ("--algo rm --reward correctness", "--reward correctness is unknown for chain"),
+    ("--algo sft --source self --reward_weights 1,2", "--reward_weights has 2 numbers, --reward 1"),
+    ("--reward model,correctness", "--reward correctness is unknown for chain"),
+    ("--algo dpo --num_generations 1", "--num_generations 1: a pair needs at least 2 answers"),
+    ("--reward model --reward_model nowhere", "nowhere: there is no checkpoint there"),
+    ("--reward model --data prompts", "prompts, line 1: no column 'chosen'"),   # its own need
+    ("--n_embd 30", "n_embd (30) must be divisible by n_head (4)"),
+    ("--max_terms 100", "a prompt of 201 tokens and 598 for its answer do not fit block_size 128"),
+    ("--sample " + "1" * 200, "a prompt of 201 tokens and 22 for its answer do not fit"),
+    ("--task countdown --block_size 21", "a prompt of 10 tokens and 12 for its answer do not fit"),
+    ("--algo sft --block_size 26 --max_new_tokens 5", "a prompt of 9 tokens and 18 for its answer"),
+    ("--algo sft,grpo:max_new_tokens=120", "a prompt of 9 tokens and 120 for its answer do not"),
+    ("--algo rm --inspect", "--inspect shows what a policy is taught; --algo rm has none"),
+    ("--algo pretrain --inspect", "--inspect shows what a policy is taught; --algo pretrain has"),
+])
+def test_what_can_be_known_is_said_before_anything_is_trained(monkeypatch, flags, expected):
+    """Flags and files are checked first: no minute of pre-training, no folder, just one line."""
+    for name, text in FILES.items():
+        with open(name, "w") as file:
+            file.write(text)
+    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("something was trained"))
+    assert complaint(*flags.split()).startswith(expected)
+    assert sorted(os.listdir(".")) == sorted(FILES)
+
+
+def test_what_just_fits_is_not_refused(monkeypatch):
+    """The same limits, one token further: what fits exactly is trained."""
+    for name, text in FILES.items():
+        with open(name, "w") as file:
+            file.write(text)
+    monkeypatch.setattr(train, "ensure", lambda *args: None)      # the base is what would come next
+    for flags in ("--algo sft --data sums --eval_data sums --block_size 7", "--max_terms 14",
+                  "--eval_only --data texts --eval_data texts --block_size 5",
+                  "--algo dpo --data pairs --eval_data pairs --block_size 7",
+                  "--algo dft --data answers --eval_data answers --block_size 37",
+                  "--eval_only --data sums --eval_data sums --block_size 7",
+                  "--eval_only --data pairs --eval_data pairs --block_size 7",
+                  "--sample " + "1" * 105, "--task countdown --block_size 22",
+                  "--algo sft --block_size 27 --max_new_tokens 5",
+                  "--block_size 14 --max_new_tokens 5"):
+        assert run(*flags.split()) == 130, flags
+
+
+def test_a_folder_that_may_not_be_written(refused, monkeypatch):
+    """The nearest folder that exists is tried, with a file that leaves nothing behind."""
+    tried = []
+
+    def denied(dir):
+        tried.append(dir)
+        raise PermissionError(13, "Permission denied")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.tempfile, "TemporaryFile", denied)
+        for path in ("/usr/nowhere/below", "here", "../there"):
+            said = refused(f"--out_dir {path}")
+            assert said == f"cannot write {path}: Permission denied; choose another --out_dir"
+    assert tried == ["/usr", ".", ".."]
+    for path in (".", "deep/down/there"):
+        train.check_folder(path)
+    assert os.listdir(".") == []
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +494,7 @@ def test_context_too_short(tiny_base):
     assert "a prompt of 201 tokens" in complaint("--init_from", tiny_base, "--sample", "1" * 200)
     assert "block_size 128" in complaint("--algo", "pretrain", *SHAPE, "--max_terms", 100)
     said = complaint("--init_from", tiny_base, *FAST, "--max_new_tokens", 1000)
-    assert "max_new_tokens 1000 do not fit block_size 128" in said
+    assert "a prompt of 5 tokens and 1000 for its answer do not fit block_size 128" in said
 
 
 # -- what the sources never do ----------------------------------------------------------------------------------------

@@ -507,7 +507,8 @@ def test_help(capsys, algo, own):
     defaults = train.PRETRAIN if algo == "pretrain" else train.ALGORITHMS[algo].defaults
     for name, default in defaults.items():
         assert re.search(rf"--{name} [^[]*\[{default}\]", out), name
-    assert ("--epsilon_high" in out) == (algo == "grpo") and ("--completion_only" in out) == (algo != "grpo")
+    assert ("--epsilon_high" in out) == (algo == "grpo")
+    assert ("--completion_only" in out) == (algo == "sft")
     assert max(map(len, out.split("\n"))) <= 120
 
 
