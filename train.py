@@ -455,7 +455,7 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
             try:
                 for minibatch in minibatches:
                     trained += update(args, algo, optimizer, minibatch, totals)
-                    counts["updates"] += 1     # a step of the optimizer, whether or not a row had a gradient
+                    counts["updates"] += 1     # a step of the optimizer, with or without a gradient
                 if step + 1 == args.max_steps or (step + 1) % args.save_steps == 0:   # never save, or end with, what has blown up
                     if not all(p.isfinite().all() for n in algo.networks.values() for p in n.parameters()):
                         raise FloatingPointError
