@@ -39,14 +39,14 @@ def run(*flags):
     return module.run([str(flag) for flag in flags])
 
 
-SMALL = ("--min_terms", 2, "--max_terms", 3, "--eval_problems", 64)   # a setting of the task that learns in seconds
+SMALL = ("--min_terms", 3, "--max_terms", 3, "--eval_problems", 64)   # a setting of the task that learns in seconds
 TASK = ("--min_terms", 2, "--max_terms", 2, "--eval_problems", 16)    # the easiest one, for runs of a few steps
 SHAPE = ("--n_embd", 16, "--n_layer", 1, "--n_head", 2)               # the smallest model worth running
 
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory):
-    """The folder of a small base model, made once per session: chains of 2 or 3 terms."""
+    """The folder of a small base model, made once per session: chains of 3 terms."""
     cwd = tmp_path_factory.mktemp("base")
     done = train("--algo", "pretrain", *SMALL, "--max_steps", 700, "--eval_steps", 700, "--out_dir", "base", cwd=cwd)
     assert done.returncode == 0, done.stderr
