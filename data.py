@@ -337,7 +337,7 @@ class JsonLines:
         return last_number(completion)
 
     def chance(self, k):
-        return None                                        # nobody knows what guessing earns on somebody's file
+        return None                             # what guessing earns on a user's file is unknown
 
 
 def read_jsonl(path):

@@ -49,8 +49,10 @@ def test_decoding_stops_at_the_first_end():
 
 
 def test_the_byte_tokenizer_says_how_large_it_is():
-    """256 bytes and two special tokens."""
+    """256 bytes and two special tokens, which tiktoken knows under the same numbers."""
     assert (TOKENIZER.eos_id, TOKENIZER.pad_id, TOKENIZER.vocab_size) == (256, 257, 258)
+    assert TOKENIZER.encoding.decode([256, 257]) == "<end><pad>"
+    assert TOKENIZER.encoding.n_vocab == 258
 
 
 def test_gpt2_that_cannot_be_downloaded_is_an_input_error(monkeypatch):
@@ -71,7 +73,7 @@ def test_gpt2_ids_are_tiktokens(monkeypatch):
             return " ".join(map(str, ids))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Fake())
     tokenizer = Tokenizer("gpt2")
-    assert tokenizer.eos_id == 50256 < tokenizer.pad_id < tokenizer.vocab_size
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 64 * 786)
     assert tokenizer.decode([1, tokenizer.pad_id, 50300, 2, 50256, 3]) == "1 2"   # without what tiktoken does not know
 
 
@@ -239,7 +241,7 @@ def test_documents_are_the_corpus_with_an_empty_prompt():
 @pytest.mark.parametrize("expression, expected", [
     ("3*7+5", 26), ("5+3*7", 26), ("(5+3)*7", 56), ("2*(3+(4-1))", 12), ("9-3-2", 4), ("8/4/2", 1), ("8/(4/2)", 4),
     ("7/2", Fraction(7, 2)), ("1/3+1/3+1/3", 1), ("2-5", -3), ("42", 42), ("((7))", 7), ("1/3*3-1", 0),
-    ("(" * 45 + "7" + ")" * 45, 7),
+    ("(" * 45 + "7" + ")" * 45, 7), ("1+" * 49 + "11", 60),                       # 100 characters
 ])
 def test_value_of_expressions(expression, expected):
     """Products before sums, from left to right, parentheses first, division exact."""
@@ -249,7 +251,8 @@ def test_value_of_expressions(expression, expected):
 @pytest.mark.parametrize("expression", [
     "", "3*(7", "3*7)", "(3(", "()", "3+", "*3", "-3", "3 + 4", "3+4\n", "2(3)", "(2)3", "1.5", "1e9", "9**9", "7//2",
     "7%2", "1/0", "1/(2-2)", "2-+2", "three", "3+4end", "__import__('os')", "٣+٤", "²", "７",
-    "(" * 100 + "1" + ")" * 100, "1+" * 50 + "1", "9" * 101, "(" * 5000,
+    "(" * 100 + "1" + ")" * 100, "1+" * 50 + "1",
+    "9" * 101, "(" * 5000,
 ])
 def test_value_of_anything_else_is_none(expression):
     """Malformed, dividing by zero, over 100 characters long, code or foreign digits: None, never an exception."""
@@ -266,9 +269,12 @@ def test_nothing_is_handed_to_eval():
     ("so 1,234.50 in all.", Fraction(2469, 2)), ("#### 42", 42), ("It is 42.", 42), ("from 3 to -7", -7),
     ("-0.5", Fraction(-1, 2)), ("1,000,000 or so", 10 ** 6), ("5, then 6, then", 6), ("cost: $12", 12),
     ("10% of 50", 50), ("none", None), ("", None), ("-", None),
+    ("9" * 999, 10 ** 999 - 1), ("9" * 1000, None), ("5, then " + "9" * 1000, None),
+    ("9" * 1000 + " or 5", 5),
 ])
 def test_last_number(text, expected):
-    """The last number of a text, with its sign, thousands and decimals, and without the full stop after it."""
+    """The last number of a text, with its sign, thousands and decimals, and without the full stop
+    after it; one of a thousand characters is none."""
     assert last_number(text) == expected
 
 
@@ -277,6 +283,7 @@ def test_reward_of_files_compares_last_numbers():
     completions = ["The answer is 42.", "42.0", "41", "no idea", "", "42 or 43"]
     assert JsonLines.reward([""] * 6, completions, ["#### 42"] * 6) == [1, 1, 0, 0, 0, 0]
     assert JsonLines.reward([""], ["nothing"], ["nothing"]) == [0.0]       # no number is no right answer
+    assert JsonLines.reward([""] * 2, ["42", "41"], [42, 42.0]) == [1.0, 0.0]    # numbers, not text
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -294,6 +301,19 @@ def jsonl(tmp_path):
 
 def questions(n, **columns):
     return [{"prompt": f"question {i}", **columns} for i in range(n)]
+
+
+def test_files_are_read_as_utf8(jsonl, monkeypatch):
+    """Whatever the machine's own encoding is: it is named when the file is opened."""
+    encodings, built_in = [], open
+
+    def spy(*args, **kwargs):
+        encodings.append(kwargs.get("encoding"))
+        return built_in(*args, **kwargs)
+    path = jsonl({"prompt": "a"})
+    monkeypatch.setattr("builtins.open", spy)
+    data.read_jsonl(path)
+    assert encodings == ["utf-8"]
 
 
 def test_read_jsonl_counts_lines_as_an_editor_does(jsonl):
@@ -356,6 +376,33 @@ def test_columns_that_every_line_has_reach_the_reward(jsonl):
     assert task.columns == ("answer", "unit")
 
 
+def test_a_column_must_be_in_both_files(jsonl):
+    """A column that one line of either file lacks cannot reach the reward; the order is the
+    alphabet's, so that it is the same in every process."""
+    letters = dict.fromkeys("hgfedcba", "x")
+    path = jsonl({"prompt": "a", **letters, "unit": "m"}, {"prompt": "b", **letters, "unit": "s"})
+    other = jsonl({"prompt": "c", **letters, "unit": "g", "note": "x"},
+                  {"prompt": "d", **letters, "note": "y"}, name="eval.jsonl")
+    assert JsonLines(path, other).columns == tuple("abcdefgh")
+    assert JsonLines(other, path).columns == tuple("abcdefgh")
+    assert JsonLines(path, path).columns == (*"abcdefgh", "unit")
+
+
+@pytest.mark.parametrize("label, fits", [
+    (True, True), (False, True), (None, False), ("yes", False), (2, False)])
+def test_a_label_is_true_or_false(jsonl, label, fits):
+    """KTO's label is the one column that is not text; anything but true and false is named by file
+    and line. It takes no room: <end> a b <end> are four tokens."""
+    task = JsonLines(jsonl({"prompt": "a", "completion": "b", "label": label}),
+                     jsonl({"prompt": "a", "completion": "b", "label": True}, name="eval.jsonl"))
+    limits = dict(tokenizer=TOKENIZER, block_size=4)
+    if fits:
+        task.require("prompt", "completion", "label", **limits)
+    else:
+        with pytest.raises(InputError, match="data.jsonl, line 1: column 'label' is neither"):
+            task.require("prompt", "completion", "label", **limits)
+
+
 @pytest.mark.parametrize("row, columns, reason", [
     ({"prompt": "a"}, ("prompt", "answer"), "no column 'answer'.*the line has prompt"),
     ({"prompt": "a", "answer": 3}, ("prompt", "answer"), "column 'answer' is not text"),
@@ -383,6 +430,20 @@ def test_a_line_that_does_not_fit_the_context_is_named(jsonl):
         task.require("prompt", "answer", room=6, block_size=10, **limits)
 
 
+@pytest.mark.parametrize("row, tokens", [
+    ({"text": "seven"}, 7),                                           # <end> seven <end>
+    ({"prompt": "four", "chosen": "three", "rejected": "1"}, 11),     # the longer answer counts
+    ({"prompt": "four", "chosen": "1", "rejected": "three"}, 11),
+])
+def test_texts_and_pairs_fill_the_context(jsonl, row, tokens):
+    """A text, and a prompt with the longer of its two answers, may fill block_size exactly."""
+    path = jsonl(row)
+    task = JsonLines(path, path)
+    task.require(*row, tokenizer=TOKENIZER, block_size=tokens)
+    with pytest.raises(InputError, match=f"{tokens} tokens do not fit --block_size {tokens - 1}$"):
+        task.require(*row, tokenizer=TOKENIZER, block_size=tokens - 1)
+
+
 def test_examples_of_a_file(jsonl):
     """Lines of text, and lines of prompt and completion, as documents and as demonstrations; no ood split."""
     other = jsonl({"text": "x"}, name="eval.jsonl")
@@ -400,6 +461,15 @@ def test_name_of_a_file():
     """Runs are named after the file, in characters that any file system takes."""
     names = ["my/gsm8k train.jsonl", "a\\b.c.jsonl", "plain", ".jsonl"]
     assert [JsonLines.name_of(name) for name in names] == ["gsm8k-train", "b-c", "plain", "data"]
+
+
+def test_a_file_is_a_task(jsonl):
+    """It has the name of its file, room for answers of 32 tokens unless told otherwise, and no
+    chance to compare with."""
+    path = jsonl({"prompt": "a"}, name="my file.jsonl")
+    task = JsonLines(path, path)
+    assert (task.name, task.path, task.max_new_tokens) == ("my-file", path, 32)
+    assert JsonLines(path, path, 7).max_new_tokens == 7 and task.chance(1) is None
 
 
 # -- the order of the data --------------------------------------------------------------------------------------------
@@ -453,7 +523,7 @@ def parameter_names():
 
 
 def test_a_column_may_have_any_name(jsonl):
-    """Columns called like the parameters of the reward functions, `prompts` or `p`, change no reward."""
+    """Columns named like parameters of reward functions, `prompts` or `p`, change no reward."""
     names = parameter_names()
     assert {"prompts", "p", "numbers", "target", "names"} <= names
     rows, texts = questions(3, answer="6"), ["6", "6", "7"]
@@ -476,7 +546,8 @@ def test_a_column_may_have_any_name(jsonl):
             assert f(["q"] * 3, texts, **own, **extra) == f(["q"] * 3, texts, **own), name
 
 
-@pytest.mark.parametrize("task, names", [(Chain(), "verifier,nonsense"), (Chain(), ""), (Countdown(), "format")])
+@pytest.mark.parametrize("task, names", [
+    (Chain(), "verifier,nonsense"), (Chain(), ""), (Countdown(), "format"), (Chain(), "model")])
 def test_unknown_reward(task, names):
     """A reward that the task does not have is an InputError that lists those it has."""
     with pytest.raises(InputError, match=f"{names.split(',')[-1]} is unknown for {task.name}: use .*verifier, .*brevity"):
@@ -569,6 +640,24 @@ def test_split_covers_every_row_once(size):
         start += rows
         assert rows <= (size or 4)
     assert start == 4 and len(parts) == {1: 4, 2: 2, 3: 2}.get(size, 1)
+
+
+@pytest.mark.parametrize("size, sizes", [
+    (0, [4]), (1, [2, 2]), (2, [2, 2]), (3, [2, 2]), (4, [4]), (9, [4])])
+def test_split_keeps_pairs_together(size, sizes):
+    """The two rows of a pair are never parted, even where a micro-batch of one row is asked for."""
+    parts = data.split(make_batch(), size, rows_together=2)
+    assert [len(part["prompt_index"]) for part in parts] == sizes
+
+
+def test_take_rows_cuts_what_is_as_wide_as_the_completions():
+    """A tensor as wide as the completions loses the same columns, one of another width none."""
+    batch = make_batch()
+    width = batch["completion_ids"].shape[1]
+    batch["other"] = torch.arange(4.0 * (width + 1)).view(4, width + 1)
+    taken = data.take_rows(batch, torch.tensor([1]))                  # `2` and its <end>
+    assert torch.equal(taken["other"], batch["other"][1:2])
+    assert taken["completion_ids"].shape == taken["weights"].shape == (1, 2)
 
 
 # -- lines of a file that must not crash a run ------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig, sample
-from test_model import (COMPLETIONS, EOS, PAD, PATHS, PROMPTS, SHAPES, batch, make_model, one_by_one,
-                        pad, reference_llama)
+from test_model import (COMPLETIONS, EOS, PAD, PATHS, PROMPTS, SHAPES, batch, make_model,
+                        one_by_one, pad, reference_llama)
 
 THETAS = [3.0, 100.0, 10000.0, 1e6]
 
