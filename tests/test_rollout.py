@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from data import Chain, Tokenizer
+from data import Chain, Countdown, Tokenizer
 from model import InputError, Samples
 from test_model import EOS, PAD, PROMPTS, make_model, pad
 
@@ -54,6 +54,9 @@ def test_the_true_reward_stands_beside_those_that_are_trained():
     total, each = rewards_of(Chain(), "format")
     assert each == {"format": [0, 1, 0, 0], "true_reward": [1, 1, 1, 0]} and total == each["format"]
     assert set(rewards_of(Chain(), "verifier")[1]) == {"verifier"}
+    example = {"prompt": "3,5,7>26=", "numbers": [3, 5, 7], "target": 26}
+    _, each = data.Rewards(Countdown(), "brevity")([example] * 2, ["3*7+5", "26"])
+    assert each["true_reward"].tolist() == [1, 0]
 
 
 def test_a_file_without_answers_has_no_true_reward(tmp_path):
@@ -140,6 +143,7 @@ def test_a_pair_of_each_group_by_hand():
     accepted = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 1]]).bool()
     rows, skipped = data.choose_pairs(rewards, lots, accepted=accepted)
     assert rows.tolist() == [0, 1] and skipped == 2
+    assert data.choose_pairs(rewards[:1], lots[:1], accepted=rewards[:1] == 1)[1] == 1
     lots = torch.zeros(3, 5)                               # lots of 0 are lots like any other
     assert data.choose_pairs(rewards, lots)[0].tolist() == [0, 1, 12, 10]
 
