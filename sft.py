@@ -172,7 +172,7 @@ class SFT:
         this_round, first_step, _ = round_of(step, config.rounds, self.max_steps)
         if step == first_step:   # of the round: the sampler becomes the policy
             self.sampler.load_state_dict(self.model.state_dict())
-            if config.restart and step > 0:
+            if config.restart:
                 self.model.load_state_dict(self.ref_model.state_dict())
                 self.optimizer.state.clear()
         batch, metrics = data.rollout(self.sampler, self.tokenizer, self.task, self.rewards, examples,

@@ -109,6 +109,12 @@ def test_token_weights_keep_the_precision_of_the_mask(token_weights):
     assert found.dtype == torch.float64 and (found == 1 / 3).all()
 
 
+def test_a_rounding_error_below_the_threshold_is_forgiven():
+    """A weighted sum of rewards may miss it by 1e-6, and by no more."""
+    rewards = 1 - torch.tensor([[0.0, 0.9e-6, 1.5e-6, 1e-3]], dtype=torch.float64)
+    assert sft.kept(rewards).tolist() == [[1, 1, 0, 0]]
+
+
 def test_what_is_kept_has_the_precision_of_the_rewards():
     """0 and 1 in float64 where the rewards are, under both rules."""
     for dtype in (torch.float32, torch.float64):
@@ -337,6 +343,15 @@ def test_the_sampler_writes_the_answers(Algorithm, temperature, num_generations)
         assert texts_of(rollout(algo, algo.model, temperature, num_generations)) != written
 
 
+@pytest.mark.parametrize("Algorithm", [SFT, DFT, DPO])
+def test_without_a_step_it_is_the_first(Algorithm):
+    """collect(examples, generator) is step 0, with which a round begins: the sampler is renewed."""
+    algo = make(Algorithm)
+    assert not same_weights(algo.model.state_dict(), algo.sampler.state_dict())
+    algo.collect(PROBLEMS, generator())
+    assert same_weights(algo.model.state_dict(), algo.sampler.state_dict())
+
+
 def test_kept_counts_the_answers_that_are_imitated():
     """A share of all that were sampled; awr gives each a weight, best one of a group."""
     for flags, kept in ((dict(), None), (dict(keep="best"), 4), (dict(weighting="awr"), 16)):
@@ -347,6 +362,25 @@ def test_kept_counts_the_answers_that_are_imitated():
         assert "rewards" not in batch and batch["row_weights"].shape == (16,)
     _, metrics = make(DFT).collect(PROBLEMS, generator(), 1)
     assert metrics["kept"] == (right, 16)
+
+
+def test_the_best_of_each_group():
+    """Groups of 3 answers to 4 prompts: one of each group of 3 is kept, not one of each 4."""
+    batch, metrics = make(SFT, keep="best", num_generations=3).collect(PROBLEMS, generator(), 1)
+    assert (batch["row_weights"].view(4, 3).sum(1) == 1).all() and metrics["kept"] == (4, 12)
+
+
+def test_a_round_a_step_restarts_every_step():
+    """With as many rounds as steps the policy is the start model again at every step, and the
+    optimizer remembers nothing; the sampler is what had been trained."""
+    algo = make(SFT, rounds=6, restart=True)
+    for step in range(3):
+        move(algo.model, 0.1, seed=step)
+        trained = copy.deepcopy(algo.model.state_dict())
+        algo.optimizer.state["something"] = "remembered"
+        algo.collect(PROBLEMS, generator(), step)
+        assert same_weights(algo.ref_model.state_dict(), algo.model.state_dict())
+        assert same_weights(trained, algo.sampler.state_dict()) and not algo.optimizer.state
 
 
 @pytest.mark.parametrize("sync_ref", [False, True])
@@ -522,6 +556,16 @@ def test_rewards_and_their_weights_reach_the_classes():
                          data.Chain(2, 3))
         assert list(algo.rewards.functions) == ["brevity", "verifier"]
         assert algo.rewards.weights == [0.5, 2]
+
+
+def test_other_rules_than_a_threshold_need_no_start_of_it():
+    """--keep best and --weighting awr are accepted as they are; a start with either is refused, and
+    with the reward that is graded accepted."""
+    for flags in (dict(keep="best"), dict(weighting="awr")):
+        SFTConfig(source="self", reward="brevity", **flags)
+        with pytest.raises(InputError, match="--threshold_start is for --keep threshold"):
+            SFTConfig(source="self", reward="brevity", threshold_start=0.0, **flags)
+    SFTConfig(source="self", reward="brevity", threshold_start=0.0)
 
 
 @pytest.mark.parametrize("flags, reason", [
