@@ -587,6 +587,13 @@ def test_settings_of_a_reward_model_at_the_edge_are_accepted():
     RMConfig(num_generations=2, num_prompts=1, center_rewards_coefficient=0.0, temperature=0.01)
 
 
+def test_centring_is_the_square_of_the_sum():
+    """Rewards 2 and 1 at coefficient .1: .1 x 3^2 on top of -log sigma(1); -2 and -1 likewise."""
+    two, one = torch.tensor([2.0, -1.0]).double(), torch.tensor([1.0, -2.0]).double()
+    extra = rm.reward_loss(two, one, 0.1) - rm.reward_loss(two, one)
+    assert extra.tolist() == pytest.approx([0.9, 0.9])
+
+
 def test_the_scorer_cuts_what_does_not_fit():
     """block_size 32 and a prompt of 1 + 4 tokens leave room for 27: of an answer of 45 the reward
     is that of its first 27 tokens; one of 26 and its <end> is read whole."""
