@@ -258,6 +258,17 @@ def test_ppo_clip_worked_values_and_dead_zones(ratio, advantage, loss, dead):
     assert clipped == dead
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
+def test_at_the_edge_of_the_band_and_without_advantage_nothing_is_cut_off(loss_type):
+    """A ratio of exactly 1 in a band of no width keeps its whole gradient, and is not counted as
+    clipped; nor is a ratio beyond the band whose token has no gradient to lose."""
+    for advantage in (1, -1):
+        _, slope, clipped = one_token(1.0, advantage, epsilon=0.0, loss_type=loss_type)
+        assert slope == -advantage and not clipped
+    if loss_type == "grpo":
+        assert [one_token(ratio, 0)[1:] for ratio in (0.5, 1.5)] == [(0, False)] * 2
+
+
 def test_the_clip_is_pessimistic():
     """The clipped loss is never below the unclipped one, -ratio A, and equals it inside the band (PPO, section 3)."""
     lp, old = token_logprobs(LOGITS), token_logprobs(table(1))
@@ -374,6 +385,8 @@ def test_token_weights_worked_example():
     for loss_type, weights in hand.items():
         assert close(grpo.token_weights(mask, loss_type, 5), weights, 1e-7), loss_type
         assert (grpo.token_weights(mask & False, loss_type, 5) == 0).all(), loss_type
+        alone = 1 / 5 if loss_type == "dr_grpo" else 1
+        assert close(grpo.token_weights(mask[:1], loss_type, 5), [[alone, 0, 0]], 1e-7), loss_type
 
 
 def test_only_the_length_normaliser_turns_the_gradient():

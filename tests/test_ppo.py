@@ -277,6 +277,7 @@ def test_token_weights():
     mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
     assert ppo.token_weights(mask).tolist() == [[0.25, 0, 0], [0.25] * 3, [0] * 3]
     assert (ppo.token_weights(mask & False) == 0).all()
+    assert ppo.token_weights(mask[:1]).tolist() == [[1, 0, 0]]
 
 
 # -- collecting -------------------------------------------------------------------------------------------------------

@@ -117,6 +117,18 @@ def test_the_logged_kl_is_per_answer_that_is_trained(truncation):
     assert float(total) == pytest.approx(sum(kls), abs=1e-4)
 
 
+def test_ppo_counts_as_clipped_what_lost_its_gradient():
+    """At pi_old, in a band of no width, every ratio is exactly 1 and none is clipped; far from it,
+    tokens without an advantage, which have no gradient to lose, are not counted either."""
+    algo = make_ppo(cliprange=0.0)
+    minibatch = next(algo.minibatches(collect(algo)[0]))
+    assert algo.loss(minibatch)[1]["clip_ratio"][0] == 0
+    move(algo.model)
+    assert algo.loss(minibatch)[1]["clip_ratio"][0] > 10
+    without = {**minibatch, "advantages": 0 * minibatch["advantages"]}
+    assert algo.loss(without)[1]["clip_ratio"][0] == 0
+
+
 # -- the KL times the ratio -----------------------------------------------------------------------
 
 
@@ -177,6 +189,23 @@ def test_one_flat_group_is_not_divided_by_its_own_deviation():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     found = grpo.group_advantages(rewards, "reinforce", "group", advantage_eps=0)
     assert same(found, [[1, 1], [2 ** 0.5, 0]], 1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["reinforce", "remax"])
+def test_rewards_without_a_group_mean_have_no_group_scale(advantage):
+    """They are refused at the default scale, which is the group's, and taken at the other two."""
+    with pytest.raises(InputError, match=f"--advantage {advantage} needs --scale_rewards none or"):
+        GRPOConfig(advantage=advantage)
+    for scale_rewards in ("none", "batch"):
+        assert GRPOConfig(advantage=advantage, scale_rewards=scale_rewards).advantage == advantage
+
+
+def test_a_group_of_one_has_no_deviation_to_log():
+    """One answer a prompt: every group is flat and reward_std, which would be nan, is not logged."""
+    flags = dict(advantage="reinforce", scale_rewards="batch")
+    _, metrics = collect(make_grpo(num_generations=1, **flags))
+    assert metrics["frac_reward_zero_std"] == (4, 4) and "reward_std" not in metrics
+    assert "reward_std" in collect(make_grpo(num_generations=2, **flags))[1]
 
 
 def test_remax_takes_no_majority():
@@ -258,7 +287,8 @@ def test_examples_are_training_problems(make):
 def test_the_legend_explains_a_ratio_that_stays_1():
     """Only where each batch is used once is the ratio always 1, and only then is it said."""
     for flags, said in ((dict(), True), (dict(num_iterations=2), False),
-                        (dict(num_minibatches=2), False)):
+                        (dict(num_minibatches=2), False),
+                        (dict(num_iterations=2, num_minibatches=2), False)):
         assert ("The ratio is exactly 1" in make_grpo(**flags).legend) == said
 
 
@@ -303,13 +333,13 @@ def test_a_double_model_is_trained_in_float64(make, flags):
 
 
 def test_rewards_enter_float64_before_anything_is_computed_from_them():
-    """In a double model's batch the advantages of GRPO, and the returns of PPO, which are scores
-    less a penalty here, are exact to 1e-14."""
+    """In a double model's batch the advantages of GRPO's six groups of 4, and the returns of PPO,
+    which are scores less a penalty here, are exact to 1e-14."""
     algo = make_grpo()
     algo.model.double()
-    batch, _ = collect(algo)
+    batch, _ = collect(algo, SIX)
     texts = [algo.tokenizer.decode(ids) for ids in batch["completion_ids"].tolist()]
-    for i, problem in enumerate(PROBLEMS):
+    for i, problem in enumerate(SIX):
         rewards = coin([problem["prompt"]] * 4, texts[4 * i:4 * i + 4])
         for advantage, reward in zip(batch["advantages"][4 * i:4 * i + 4].tolist(), rewards):
             by_hand = (reward - sum(rewards) / 4) / (statistics.stdev(rewards) + 1e-4)
