@@ -213,9 +213,11 @@ def parse_args(argv):
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(GPTConfig) if f.name in given}
     names = [f.name for f in dataclasses.fields(ALGORITHMS[algo].Config) if hasattr(args, f.name)]
-    config = ALGORITHMS[algo].Config(**{name: getattr(args, name) for name in names})
+    own = {name: getattr(args, name) for name in names}
     if algo == "pretrain":
-        args.completion_only = config.completion_only = False
+        args.completion_only = own["completion_only"] = False
+    config = ALGORITHMS[algo].Config(**own)
+    if algo == "pretrain":
         config.num_documents = config.num_documents or args.max_steps * args.batch_size
     if algo in SHARED:
         if "seed" in given and args.seed != args.base_seed:

@@ -1,11 +1,11 @@
 """
-The loop by itself: the schedule, what is logged and saved, what a resumed run takes up, and in which
-order the data come. Each is compared with numbers worked out here, not with another run of the loop.
+The loop by itself: the schedule, what is logged and saved, what a resumed run takes up, and in what
+order the data come. Compared with numbers worked out here, or with a run that was not stopped.
 """
 
 import json
-import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -19,7 +19,6 @@ from sft import SFT
 
 OWN = ("--batch_size", 4, "--num_generations", 4, "--reward", "verifier,brevity")
 DEMOS = ("--batch_size", 4, "--num_demonstrations", 10)
-CLOCK = {"seconds", "tokens_per_second/train", "tokens_per_second/sample"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +34,7 @@ def checkpoint(folder):
 def metrics(folder):
     """The lines of metrics.jsonl without what the clock says."""
     with open(os.path.join(folder, "metrics.jsonl")) as file:
-        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in file]
+        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in file]
 
 
 def summary(folder):
@@ -69,8 +68,8 @@ def test_with_restart_the_schedule_starts_over_with_each_round():
 
 @pytest.mark.parametrize("max_steps, rounds", [(10, 5), (10, 3), (7, 4), (5, 5), (11, 2), (4, 9)])
 def test_the_schedule_starts_over_when_the_weights_do(tiny_base, monkeypatch, max_steps, rounds):
-    """In a run: the rate is the first of a round exactly in the steps before which the policy became
-    the start model again."""
+    """In a run: the rate is back at the peak in just the steps before which the policy became the
+    start model again."""
     restarts, rate = [], []
     load, learning_rate = train.GPT.load_state_dict, train.learning_rate
     algos = []
@@ -106,8 +105,8 @@ def test_the_rate_is_in_the_optimizer(tiny_base, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_on(
         torch.optim.AdamW.step, lambda self: seen.append([g["lr"] for g in self.param_groups])))
-    run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--max_steps", 4, "--out_dir", "run",
-        "--warmup_steps", 2, "--learning_rate", 0.01)
+    run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--max_steps", 4,
+        "--warmup_steps", 2, "--learning_rate", 0.01, "--out_dir", "run")
     assert seen == [pytest.approx([rate] * 2) for rate in (0.005, 0.01, 0.01, 0.0055)]
 
 
@@ -135,18 +134,17 @@ def uninterrupted(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_stop_in_mid_interval_changes_no_line(uninterrupted, monkeypatch, case, stop):
-    """Ctrl-C after 2, 5 or 7 steps, with a line due after 4, 8 and 10: the resumed run's metrics.jsonl
-    is the uninterrupted one's line for line, times apart. What had been summed up is not lost."""
+    """Ctrl-C after 2, 5 or 7 steps, with a line due after 4, 8 and 10: the resumed run's
+    metrics.jsonl is the uninterrupted one's line for line, times apart: no sum is lost."""
     flags, whole = uninterrupted(case)
     stop_after(stop, monkeypatch, *flags, "--out_dir", "run")
     assert checkpoint("run")["step"] == stop
     assert run(*flags, "--out_dir", "run", "--resume") == 0
     assert metrics("run") == metrics(whole)
     assert [line["step"] for line in metrics("run")] == [0, 4, 8, 10]
-    watched = {"seconds", "pretrain_seconds", "peak_memory_mb"}
-    left, right = summary("run"), summary(whole)
-    assert {k: v for k, v in left.items() if k not in watched and k[-7:] != "seconds"} == \
-        {k: v for k, v in right.items() if k not in watched and k[-7:] != "seconds"}
+    left, right = ({k: v for k, v in summary(folder).items() if not re.search("second|peak", k)}
+                   for folder in ("run", whole))
+    assert left == right and len(left) >= 9
 
 
 def stop_after(step, monkeypatch, *flags):
@@ -165,8 +163,8 @@ def stop_after(step, monkeypatch, *flags):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_crash_in_mid_interval_changes_no_line(uninterrupted, monkeypatch, case):
-    """The same after a crash in step 8, from the checkpoint of step 6: the line of step 4 stays, and
-    steps 5 and 6 count in that of step 8."""
+    """The same after a crash in step 8, from the checkpoint of step 6: the line of step 4 stays,
+    and steps 5 and 6 count in that of step 8."""
     flags, whole = uninterrupted(case)
     update, calls = train.update, []
 
@@ -185,8 +183,8 @@ def test_a_crash_in_mid_interval_changes_no_line(uninterrupted, monkeypatch, cas
 
 
 def test_tokens_per_second_count_the_whole_interval(tiny_base, monkeypatch):
-    """A clock that gains a second at every look: the resumed run logs the speeds of the uninterrupted
-    one, because the tokens and seconds before the stop count in the line after it."""
+    """A clock that gains a second at every look: the resumed run logs the speeds of the whole one,
+    because the tokens and seconds before the stop count in the line after it."""
     flags = ("--algo", "grpo", *OWN, *TASK, "--init_from", tiny_base, "--max_steps", 4,
              "--logging_steps", 4, "--eval_problems", 4)
     now = [0.0]
@@ -223,12 +221,12 @@ def test_the_base_counts_in_a_resumed_run_too(monkeypatch):
 
 
 def test_updates_are_steps_of_the_optimizer(tiny_base, monkeypatch):
-    """Where no answer differs in reward there is no gradient, and Adam coasts: a step of the optimizer
-    all the same. `updates` counts these steps, so that it is the axis of any picture."""
+    """Where no answer differs in reward there is no gradient, and Adam coasts: a step of the
+    optimizer all the same. `updates` counts these steps."""
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_on(torch.optim.AdamW.step, steps.append))
     flags = ("--algo", "grpo", "--batch_size", 2, "--num_generations", 2, *TASK, "--max_steps", 3,
-             "--num_iterations", 2, "--init_from", tiny_base, "--logging_steps", 1, "--eval_problems", 2)
+             "--num_iterations", 2, "--init_from", tiny_base, "--logging_steps", 1)
     run(*flags, "--reward", "format", "--out_dir", "flat")     # no answer shows its steps: all flat
     assert [line["frac_reward_zero_std"] for line in metrics("flat")[1:]] == [1, 1, 1]
     assert [line["trained_tokens"] for line in metrics("flat")] == [0, 0, 0, 0]
@@ -242,8 +240,8 @@ def test_updates_are_steps_of_the_optimizer(tiny_base, monkeypatch):
 def test_tokens_are_counted_by_hand(tiny_base, monkeypatch):
     """trained_tokens is the number of completion tokens, <end>s included, that a loss has seen;
     sampled_tokens those that were drawn for training, not those of the evaluations."""
-    run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--max_steps", 5, "--out_dir", "sft",
-        "--logging_steps", 2)
+    start = (*TASK, "--init_from", tiny_base, "--logging_steps", 2)
+    run("--algo", "sft", *DEMOS, *start, "--max_steps", 5, "--out_dir", "sft")
     shown = data.demonstrations(data.Chain(2, 2), 10, seed=0)
     taken = [shown[i] for step in range(5) for i in data.batch_indices(10, 4, step, seed=0)]
     lengths = [len(e["completion"]) + 1 for e in taken]
@@ -252,19 +250,17 @@ def test_tokens_are_counted_by_hand(tiny_base, monkeypatch):
         0, sum(lengths[:8]), sum(lengths[:16]), sum(lengths)]
     assert summary("sft")["sampled_tokens"] == 0
 
-    sampled, rollout = [], data.rollout
-    monkeypatch.setattr(data, "rollout", lambda *args, **kwargs: keep(sampled, rollout(*args, **kwargs)))
-    run("--algo", "grpo", *OWN, *TASK, "--init_from", tiny_base, "--max_steps", 3, "--out_dir", "grpo",
-        "--beta", 0.1, "--logging_steps", 2)
-    drawn = [int(batch["completion_mask"].sum()) for batch, _ in sampled]
+    drawn, rollout = [], data.rollout
+
+    def spy(*args, **kwargs):
+        batch, numbers = rollout(*args, **kwargs)
+        drawn.append(int(batch["completion_mask"].sum()))
+        return batch, numbers
+    monkeypatch.setattr(data, "rollout", spy)
+    run("--algo", "grpo", *OWN, *start, "--max_steps", 3, "--beta", 0.1, "--out_dir", "grpo")
     assert len(drawn) == 3 and summary("grpo")["sampled_tokens"] == sum(drawn)
     assert [line["sampled_tokens"] for line in metrics("grpo")] == [0, sum(drawn[:2]), sum(drawn)]
     assert summary("grpo")["trained_tokens"] == sum(drawn)     # with a KL every row has a gradient
-
-
-def keep(kept, value):
-    kept.append(value)
-    return value
 
 
 def test_a_line_is_the_mean_of_its_interval(tiny_base, monkeypatch):
@@ -277,11 +273,11 @@ def test_a_line_is_the_mean_of_its_interval(tiny_base, monkeypatch):
         losses.append((float(value.detach()), *(float(n) for n in numbers["nll"])))
         return value, numbers
     monkeypatch.setattr(SFT, "loss", spy)
-    run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--max_steps", 5, "--out_dir", "run",
-        "--logging_steps", 2, "--eval_steps", 4)
-    parts = [losses[0:2], losses[2:4], losses[4:5]]
-    lines = metrics("run")[1:]
-    assert [line["loss"] for line in lines] == [sum(p[0] for p in part) / len(part) for part in parts]
+    run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--max_steps", 5,
+        "--logging_steps", 2, "--eval_steps", 4, "--out_dir", "run")
+    parts, lines = [losses[0:2], losses[2:4], losses[4:5]], metrics("run")[1:]
+    assert [line["loss"] for line in lines] == [
+        sum(p[0] for p in part) / len(part) for part in parts]
     assert [line["nll"] for line in lines] == [
         sum(p[1] for p in part) / sum(p[2] for p in part) for part in parts]
     assert ["eval/accuracy" in line for line in metrics("run")] == [True, False, True, True]
@@ -291,8 +287,8 @@ def test_a_line_is_the_mean_of_its_interval(tiny_base, monkeypatch):
 
 def test_the_largest_ratio_of_an_interval_is_a_maximum(tiny_base):
     """Names that begin with max are not averaged: a line's max_ratio is that of its worst step."""
-    flags = ("--algo", "grpo", *OWN, *TASK, "--init_from", tiny_base, "--max_steps", 4, "--eval_steps", 4,
-             "--num_iterations", 2, "--learning_rate", 0.01, "--warmup_steps", 0, "--eval_problems", 2)
+    flags = ("--algo", "grpo", *OWN, *TASK, "--init_from", tiny_base, "--max_steps", 4,
+             "--num_iterations", 2, "--learning_rate", 0.01, "--warmup_steps", 0)
     run(*flags, "--logging_steps", 1, "--out_dir", "each")
     run(*flags, "--logging_steps", 4, "--out_dir", "all")
     each = [line["max_ratio"] for line in metrics("each")[1:]]
@@ -300,10 +296,10 @@ def test_the_largest_ratio_of_an_interval_is_a_maximum(tiny_base):
 
 
 def test_sums_by_hand():
-    """add: pairs are summed apart, numbers added up, and names that begin with max keep the largest."""
-    totals = {}
-    for numbers in ({"nll": (torch.tensor(3.0), 2), "max_ratio": torch.tensor(1.5), "n": torch.tensor(4)},
-                    {"nll": (torch.tensor(5.0), torch.tensor(6)), "max_ratio": 1.25, "n": 3},
+    """add: pairs are summed apart, numbers added up; of names with max the largest is kept."""
+    totals, tensor = {}, torch.tensor
+    for numbers in ({"nll": (tensor(3.0), 2), "max_ratio": tensor(1.5), "n": tensor(4)},
+                    {"nll": (tensor(5.0), tensor(6)), "max_ratio": 1.25, "n": 3},
                     {"max_ratio": 2.0, "loss": (1, 1)}):
         train.add(totals, numbers)
     assert totals == {"nll": (8.0, 8.0), "max_ratio": 2.0, "n": 7, "loss": (1.0, 1.0)}
@@ -315,8 +311,8 @@ def test_sums_by_hand():
 
 @pytest.mark.parametrize("algo", ["pretrain", "sft", "sft self", "dft", "dpo", "rm", "ppo", "grpo"])
 def test_the_seed_decides_which_examples_a_step_sees(tiny_base, monkeypatch, algo):
-    """Two runs with one seed see the same examples in the same steps; another seed sees others, even
-    where the set of examples is the same. A corpus is read in order."""
+    """Two runs with one seed see the same examples in the same steps; another seed sees others,
+    even where the set of examples is the same. A corpus is read in order."""
     name, seen = algo.split()[0], {}
     cls = train.ALGORITHMS[name]
     examples = [{"prompt": f"{a}{o}{b}=", "completion": "1", "answer": "1", "chosen": "1",
@@ -333,8 +329,9 @@ def test_the_seed_decides_which_examples_a_step_sees(tiny_base, monkeypatch, alg
     start = ("--n_embd", 4, "--n_head", 1, "--n_layer", 1) if name == "pretrain" else (
         "--init_from", tiny_base)
     for key, seed in (("first", 0), ("again", 0), ("other", 1)):
-        run("--algo", name, *more, *start, *TASK, "--batch_size", 4, "--max_steps", 6, "--out_dir", key,
-            "--base_seed" if name in ("pretrain", "rm") else "--seed", seed, "--save_steps", 100)
+        flag = "--base_seed" if name in ("pretrain", "rm") else "--seed"
+        run("--algo", name, *more, *start, *TASK, "--batch_size", 4, "--max_steps", 6, flag, seed,
+            "--save_steps", 100, "--out_dir", key)
     assert seen["first"] == seen["again"] and len(seen["first"]) == 6
     first = sum(seen["first"], ())
     assert sorted(first[:16]) == list(range(16))               # each once an epoch
