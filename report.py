@@ -150,7 +150,8 @@ def sample_and_print(args, model, tokenizer, task):
 
 def gradient_weights(algo, minibatch):
     """What an algorithm does to each token: -dL/d(logit of that token) (B, T), by autograd through its own loss, and the
-    token's log-probability (B, T). Plain SFT gives (1 - p) / N; a negative number pushes the token down."""
+    token's log-probability (B, T) as that loss scores it: in GRPO and PPO at the temperature of
+    sampling. Plain SFT gives (1 - p) / N; a negative number pushes the token down."""
     model, seen = algo.networks["model"], []
     forward = model.completion_logits
 
@@ -166,7 +167,10 @@ def gradient_weights(algo, minibatch):
     for network in algo.networks.values():
         network.zero_grad()
     ids = minibatch["completion_ids"].unsqueeze(-1)
-    return -seen[0].grad.gather(-1, ids).squeeze(-1), seen[0].detach().log_softmax(-1).gather(-1, ids).squeeze(-1)
+    logprobs = seen[0].detach().log_softmax(-1).gather(-1, ids).squeeze(-1)
+    if hasattr(algo, "logprobs"):   # the loss scores tokens in a way of its own
+        logprobs = algo.logprobs(model, minibatch)[0].detach()
+    return -seen[0].grad.gather(-1, ids).squeeze(-1), logprobs
 
 
 def first_minibatch(algo, examples, generator):
