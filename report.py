@@ -3,10 +3,12 @@ What a run finds out about its model and shows to people: evaluation, the consol
 answered before and after, the picture. train.py stays the loop and its flags.
 """
 
+import functools
 import json
 import math
 import os
 import sys
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -72,18 +74,60 @@ def shared_line(kind, summary, out_dir):
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
+SAMPLED, SCORED = 1024, 128   # answers at a time, so that memory does not follow --eval_problems
+NOTHING = "nothing held out to judge by"
+
+
+class Answers(NamedTuple):
+    """n answers to each of P problems, in the order of the problems."""
+    texts: list                      # P * n of them
+    rewards: torch.Tensor            # (P, n)
+    lengths: torch.Tensor            # (P, n) in tokens, <end> included
+    kl: Optional[torch.Tensor]       # (P,) to a reference, along the first answer; None without one
+
+
+@functools.lru_cache(maxsize=4)
+def held_out(task, split, size):
+    """The problems of a split to judge by, drawn once: no seed and no evaluation changes them."""
+    return data.problems(task, split, size, seed=0)
+
+
 @torch.no_grad()
-def answers(args, model, tokenizer, task, problems, num_generations=1, temperature=1.0):
-    """Samples for the problems, with their texts and rewards (problems, num_generations); the same draw every time."""
-    batch = data.collate([{"prompt": p["prompt"]} for p in problems], tokenizer, args.device)
+def answers(args, model, tokenizer, task, problems, num_generations=1, temperature=1.0,
+            ref_model=None):
+    """Sample answers to the problems and judge them -> Answers; the same draw every time."""
     generator = torch.Generator(args.device).manual_seed(1)
-    samples = model.generate(batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id,
-                             num_generations, temperature, args.top_k, args.top_p, generator)
-    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
-    repeated = [p for p in problems for _ in range(num_generations)]
-    columns = {name: [p[name] for p in repeated] for name in task.columns}
-    rewards = task.reward([p["prompt"] for p in repeated], texts, **columns)
-    return batch, samples, texts, torch.tensor(rewards).view(len(problems), num_generations)
+    n, size = num_generations, max(SAMPLED // num_generations, 1)
+    texts, rewards, lengths, kl = [], [], [], []
+    for part in (problems[i:i + size] for i in range(0, len(problems), size)):
+        batch = data.collate([{"prompt": p["prompt"]} for p in part], tokenizer, args.device)
+        samples = model.generate(
+            batch["prompt_ids"], batch["prompt_mask"], task.max_new_tokens, tokenizer.eos_id,
+            tokenizer.pad_id, n, temperature, args.top_k, args.top_p, generator)
+        written = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
+        repeated = [p for p in part for _ in range(n)]
+        columns = {name: [p[name] for p in repeated] for name in task.columns}
+        texts += written
+        rewards += task.reward([p["prompt"] for p in repeated], written, **columns)
+        lengths += samples.completion_mask.sum(-1).tolist()
+        if ref_model is not None:
+            first = {**batch, "completion_ids": samples.completion_ids[::n],
+                     "completion_mask": samples.completion_mask[::n],
+                     "prompt_index": torch.arange(len(part), device=args.device)}
+            for micro in data.split(first, args.micro_batch_size or SCORED):
+                kl.append(answer_kl(model, ref_model, micro))
+    shape = (len(problems), n)
+    return Answers(texts, torch.tensor(rewards).view(shape), torch.tensor(lengths).view(shape),
+                   torch.cat(kl) if kl else None)
+
+
+def answer_kl(model, ref_model, b):
+    """KL(model || ref_model) along each answer of batch b (B,): of the whole distribution at every
+    step, summed over the answer's tokens."""
+    logp, logq = (m.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"],
+                                      b["completion_mask"], b["prompt_index"]).log_softmax(-1)
+                  for m in (model, ref_model))                                       # (B, T, V)
+    return ((logp.exp() * (logp - logq)).sum(-1) * b["completion_mask"]).sum(-1)
 
 
 @torch.no_grad()
@@ -92,46 +136,54 @@ def evaluate(args, model, ref_model, tokenizer, task, full):
 
     eval/kl is KL(policy || ref) of the policy's own answers: the whole distribution at every step, summed per answer.
     """
+    problems, ood = (held_out(task, split, args.eval_problems) for split in ("test", "ood"))
+    if not problems:
+        return {}
     with data.autocast(args):
-        problems = data.problems(task, "test", args.eval_problems, args.seed)
-        if not problems:
-            return {}
         if isinstance(task, data.JsonLines) and "answer" not in task.columns:
-            written = all({"completion", "chosen", "text"} & set(p) for p in problems)   # else prompts alone: nothing to judge by
-            return {"eval/loss": held_out_loss(args, model, tokenizer, problems)} if written else {}
+            return held_out_loss(args, model, tokenizer, problems)
         n = 16 if full else 1
-        batch, samples, texts, rewards = answers(args, model, tokenizer, task, problems, n)
-        result = {"eval/accuracy": rewards.mean().item()}
+        found = answers(args, model, tokenizer, task, problems, n, ref_model=ref_model)
+        result = {"eval/accuracy": found.rewards.mean().item()}
         if full:
-            _, _, _, greedy = answers(args, model, tokenizer, task, problems, temperature=0)
-            result["eval/greedy_accuracy"] = greedy.mean().item()
+            greedy = answers(args, model, tokenizer, task, problems, temperature=0)
+            result["eval/greedy_accuracy"] = greedy.rewards.mean().item()
             for k in (1, 4, 16):
-                result[f"eval/pass@{k}"] = pass_at_k(rewards, k)
+                result[f"eval/pass@{k}"] = pass_at_k(found.rewards, k)
         if task.is_worked:
-            worked = [task.is_worked(problems[i // n]["prompt"], text) for i, text in enumerate(texts)]
-            right = [r for r, w in zip(rewards.flatten().tolist(), worked) if w]
+            worked = [task.is_worked(problems[i // n]["prompt"], text)
+                      for i, text in enumerate(found.texts)]
+            right = [r for r, w in zip(found.rewards.flatten().tolist(), worked) if w]
             result["eval/worked"] = sum(worked) / len(worked)
             result["eval/accuracy_when_worked"] = sum(right) / max(len(right), 1)
-        result["eval/mean_length"] = samples.completion_mask.sum(-1).float().mean().item()
+        result["eval/mean_length"] = found.lengths.float().mean().item()
         if ref_model is not None:
-            ids, mask = samples.completion_ids[::n], samples.completion_mask[::n]                 # one answer a problem
-            logp, logq = (m.completion_logits(batch["prompt_ids"], batch["prompt_mask"], ids, mask).log_softmax(-1)
-                          for m in (model, ref_model))
-            kl = (logp.exp() * (logp - logq)).sum(-1)                                             # (B, T)
-            result["eval/kl"] = max(0.0, ((kl * mask).sum() / len(ids)).item())                   # rounding may fall below 0
-        ood = data.problems(task, "ood", args.eval_problems, args.seed)
+            result["eval/kl"] = max(0.0, found.kl.mean().item())     # rounding may fall below 0
         if ood:
-            result["eval/ood_accuracy"] = answers(args, model, tokenizer, task, ood, 4 if full else 1)[3].mean().item()
+            other = answers(args, model, tokenizer, task, ood, 4 if full else 1)
+            result["eval/ood_accuracy"] = other.rewards.mean().item()
     return result
 
 
-def held_out_loss(args, model, tokenizer, examples):
-    """Mean negative log-likelihood per token of held-out completions (or texts), in nats."""
-    examples = [{"prompt": e.get("prompt", ""), "completion": e.get("completion", e.get("chosen", e.get("text")))} for e in examples]
-    b = data.collate(examples, tokenizer, args.device)
-    logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], b["completion_ids"], b["completion_mask"])
-    logprobs = logits.log_softmax(-1).gather(-1, b["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    return -((logprobs * b["completion_mask"]).sum() / b["completion_mask"].sum()).item()
+def held_out_loss(args, model, tokenizer, rows):
+    """A file's held-out lines -> {"eval/loss": mean negative log-likelihood per token, in nats} of
+    completion, chosen or text; what is labelled bad is left out. {} where the lines are prompts
+    alone."""
+    written = [row.get("completion", row.get("chosen", row.get("text"))) for row in rows]
+    examples = [{"prompt": row.get("prompt", ""), "completion": text}
+                for row, text in zip(rows, written) if row.get("label") not in (False, 0)]
+    if not examples or None in written:
+        return {}
+    total = count = 0
+    batch = data.collate(examples, tokenizer, args.device)
+    for b in data.split(batch, args.micro_batch_size or SCORED):
+        ids, mask = b["completion_ids"], b["completion_mask"]                         # (B, T)
+        logits = model.completion_logits(b["prompt_ids"], b["prompt_mask"], ids, mask,
+                                         b["prompt_index"])
+        logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)   # (B, T)
+        total -= (logprobs * mask).sum().item()
+        count += mask.sum().item()
+    return {"eval/loss": total / count}
 
 
 def sample_and_print(args, model, tokenizer, task):
@@ -277,14 +329,16 @@ def finish(args, summary, algo):
     if ref_model is not None and summary["after"]:
         print("\n" + table([("before", summary["before"]), ("after", summary["after"])], task))
     if ref_model is not None and "eval/accuracy" in summary["after"]:
-        (was, was_right), (now, now_right) = ((texts, [r > 0.5 for r in rewards.flatten()]) for _, _, texts, rewards in (
-            answers(args, m, algo.tokenizer, task, problems) for m in (ref_model, model)))
-        width = max(map(len, ["before", *was])) + 3
+        was, now = (answers(args, m, algo.tokenizer, task, problems) for m in (ref_model, model))
+        was_right, now_right = (["ok" if r > 0.5 else "x" for r in a.rewards.flatten()]
+                                for a in (was, now))
+        width = max(map(len, ["before", *was.texts])) + 3
         print(f"\n{'problem (sampled answers)':<27}{'before':<{width}}    after")
-        for problem, *cells in zip(problems, was, was_right, now, now_right):
-            print(f"{problem['prompt']:<27}{cells[0]:<{width}}{'ok' if cells[1] else 'x':<4}{cells[2]}  {'ok' if cells[3] else 'x'}")
+        for problem, *cells in zip(problems, was.texts, was_right, now.texts, now_right):
+            print(f"{problem['prompt']:<27}{cells[0]:<{width}}{cells[1]:<4}{cells[2]}  {cells[3]}")
     made = f", after {duration(summary['pretrain_seconds'])} of pre-training" if summary["pretrain_seconds"] else ""
-    print(f"\n{summary['steps']} steps in {duration(summary['seconds'])}{made}; "
+    judging = f", {duration(summary['eval_seconds'])} of it evaluation"
+    print(f"\n{summary['steps']} steps in {duration(summary['seconds'])}{judging}{made}; "
           f"{summary['sampled_tokens']:,} tokens sampled, {summary['trained_tokens']:,} trained on")
     print(f"files: {args.out_dir}/ckpt.pt, metrics.jsonl, summary.json, {plot(args.out_dir)}")
     if args.algo == "pretrain":

@@ -93,6 +93,7 @@ class RM:
         self.model = model.with_scalar_head()
         self.networks, self.frozen = {"model": self.model}, {"sampler": ref_model}    # trained; kept as they are
         self.from_file = isinstance(task, data.JsonLines) and "chosen" in task.train[0]
+        self.held_out_pairs = None   # made by the first evaluation
         self.rewards = None if self.from_file else data.Rewards(task, config.reward, config.reward_weights)
 
     @staticmethod
@@ -135,10 +136,15 @@ class RM:
     @torch.no_grad()
     def evaluate(self, args):
         """Judge the reward model on held-out prompts -> {"eval/pair_accuracy", "eval/pairs"}; the same pairs every time."""
-        problems = data.problems(self.task, "test", args.eval_problems, args.seed)
         with data.autocast(args):
-            batch = self.collect(problems, torch.Generator(args.device).manual_seed(1))[0] if problems else None
-            if batch is None:
+            if self.held_out_pairs is None:   # the sampler never changes: neither would they
+                problems = data.problems(self.task, "test", args.eval_problems, args.seed)
+                generator = torch.Generator(args.device).manual_seed(1)
+                size = max(1024 // self.config.num_generations, 1)   # sampled at a time
+                parts = [self.collect(problems[i:i + size], generator)[0]
+                         for i in range(0, len(problems), size)]
+                self.held_out_pairs = [part for part in parts if part is not None]
+            if not self.held_out_pairs:
                 return {}
-            rewards = answer_rewards(self.model, batch)
+            rewards = torch.cat([answer_rewards(self.model, part) for part in self.held_out_pairs])
         return {"eval/pair_accuracy": (rewards[0::2] > rewards[1::2]).float().mean().item(), "eval/pairs": len(rewards) // 2}

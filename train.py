@@ -397,15 +397,20 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
     started = time.time()
 
     def evaluate(full):
+        clock = time.time()
         if hasattr(algo, "evaluate"):   # a reward model is judged in its own way
-            return algo.evaluate(args)
-        return report.evaluate(args, model, ref_model, algo.tokenizer, task, full)
+            found = algo.evaluate(args)
+        else:
+            found = report.evaluate(args, model, ref_model, algo.tokenizer, task, full)
+        counts["eval_seconds"] = counts.get("eval_seconds", 0.0) + time.time() - clock
+        return found
 
     if checkpoint is None:
         write_text(os.path.join(args.out_dir, "config.json"), json.dumps(settings, indent=2) + "\n")
         torch.manual_seed(args.seed)
         before = evaluate(full=True)
-        lines = [{"step": 0, "seconds": time.time() - started, **counts, **before}]
+        seconds = time.time() - started
+        lines = [{"step": 0, "seconds": seconds, **counts, **before}]
     else:
         for name, network in {**algo.networks, **algo.frozen}.items():
             network.load_state_dict(checkpoint["networks"][name])
@@ -503,8 +508,11 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
         print(f"saved {path} at step {step} of {args.max_steps}; go on with: {again}")
         return None
     after = {k: v for k, v in lines[-1].items() if k.startswith("eval/")}
-    summary = {"algo": args.algo, "task": task.name, "seed": args.seed, "steps": step, "seconds": time.time() - started,
-               "pretrain_seconds": pretrain_seconds, **counts, "peak_memory_mb": report.peak_memory_mb(), "before": before, "after": after}
+    seconds = time.time() - started
+    summary = {"algo": args.algo, "task": task.name, "seed": args.seed, "steps": step,
+               "seconds": seconds, "train_seconds": seconds - counts["eval_seconds"],
+               "pretrain_seconds": pretrain_seconds, **counts,
+               "peak_memory_mb": report.peak_memory_mb(), "before": before, "after": after}
     write_text(os.path.join(args.out_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 

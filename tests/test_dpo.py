@@ -1146,7 +1146,7 @@ def test_resuming_between_two_renewals(runs, tiny_base, monkeypatch, more):
     assert not same(saved["networks"]["sampler"], saved["model"])
     assert run(*command, "--resume") == 0
     assert same(weights("run"), uninterrupted.weights)
-    clock = {"seconds", "tokens_per_second/train", "tokens_per_second/sample"}
+    clock = {"seconds", "eval_seconds", "tokens_per_second/train", "tokens_per_second/sample"}
     assert [{k: v for k, v in line.items() if k not in clock} for line in metrics_of("run")] == \
         [{k: v for k, v in line.items() if k not in clock} for line in uninterrupted.metrics]
 

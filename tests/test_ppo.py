@@ -876,6 +876,7 @@ def test_pairs_are_chosen_then_rejected():
     assert all(a == b for (a, _), (b, _) in zip(pairs[0::2], pairs[1::2]))
     skipped, groups = metrics["skipped_pairs"]
     assert groups == 4 and skipped == 4 - len(pairs) // 2 and skipped >= 1                # the first group is flat
+    algo = make_rm()
     algo.rewards.functions = {"flat": lambda prompts, completions, **columns: [1.0] * len(prompts)}
     nothing, metrics = collect(algo)
     assert nothing is None and metrics["skipped_pairs"] == (4, 4) and algo.minibatches(None) == [None]
@@ -948,6 +949,7 @@ def test_rm_evaluation_is_deterministic():
     with torch.no_grad():
         algo.model.lm_head.weight *= -1
     assert algo.evaluate(args)["eval/pair_accuracy"] == pytest.approx(1 - first["eval/pair_accuracy"])
+    algo = make_rm()
     algo.rewards.functions = {"flat": lambda prompts, completions, **columns: [1.0] * len(prompts)}
     assert algo.evaluate(args) == {}
 

@@ -106,7 +106,7 @@ def close(a, b, atol):
 
 def same_numbers(a, b):
     """Whether two lists of metrics say the same, the clock apart."""
-    clock = {"seconds", "tokens_per_second/train", "tokens_per_second/sample"}
+    clock = {"seconds", "eval_seconds", "tokens_per_second/train", "tokens_per_second/sample"}
     return [{k: v for k, v in line.items() if k not in clock} for line in a] == \
         [{k: v for k, v in line.items() if k not in clock} for line in b]
 
@@ -151,8 +151,9 @@ def test_resume_after_sigkill(flags, uninterrupted, case, module, function, call
     assert run(*flags(case), "--out_dir", "run", "--resume") == 0
     assert same(weights("run"), weights(uninterrupted(case)))
     assert [line["step"] for line in metrics("run")] == list(range(9))
-    seconds = [line["seconds"] for line in metrics("run")[1:]]
-    assert seconds == sorted(seconds)                           # the clock went on from where it stopped
+    for clock in ("seconds", "eval_seconds"):
+        found = [line[clock] for line in metrics("run")]
+        assert found == sorted(found)                           # it went on from where it stopped
     assert same_numbers(metrics("run"), metrics(uninterrupted(case)))
     assert summary("run")["after"] == summary(uninterrupted(case))["after"]
 
@@ -434,10 +435,13 @@ def test_files(uninterrupted, case):
     assert set(os.listdir(folder)) == expected
     config, end = json.loads((folder / "config.json").read_text()), summary(folder)
     assert config["max_steps"] == 8 and config["algo"] == CASES[case][1] and config["model_config"]["n_embd"] == 16
-    assert set(end) == {"algo", "task", "seed", "steps", "seconds", "pretrain_seconds", "updates", "sampled_tokens",
-                        "trained_tokens", "peak_memory_mb", "before", "after"}
+    assert set(end) == {"algo", "task", "seed", "steps", "seconds", "train_seconds", "eval_seconds",
+                        "pretrain_seconds", "updates", "sampled_tokens", "trained_tokens",
+                        "peak_memory_mb", "before", "after"}
     assert (end["algo"], end["task"], end["seed"], end["steps"]) == (CASES[case][1], "chain", 0, 8)
-    assert end["trained_tokens"] > 0 and end["peak_memory_mb"] > 10 and end["seconds"] > 0
+    assert end["trained_tokens"] > 0 and end["peak_memory_mb"] > 10
+    assert end["train_seconds"] > 0 < end["eval_seconds"]
+    assert end["seconds"] == pytest.approx(end["train_seconds"] + end["eval_seconds"])
     lines = metrics(folder)
     assert end["updates"] == 8 * UPDATES.get(case, 1)
     assert (end["sampled_tokens"] > 0) == ("reward" in lines[1])
