@@ -319,7 +319,7 @@ def table(columns, task):
             chance = task.chance(k) if k else None
             cells = [f"{values[name]:.3f}" if name in values else "-" for _, values in columns]
             lines.append(f"{title:<22}" + "".join(f"{c:>9}" for c in cells) + f"{'' if chance is None else f'{chance:.3f}':>9}")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 1 else NOTHING
 
 
 def finish(args, summary, algo):
@@ -356,20 +356,28 @@ def finish(args, summary, algo):
 # Of a comparison: heading, where the number is in a run's summary, format.
 MEASURES = [("accuracy", ("after", "eval/accuracy"), "{:.3f}"), ("greedy", ("after", "eval/greedy_accuracy"), "{:.3f}"),
             ("pass@16", ("after", "eval/pass@16"), "{:.3f}"), ("ood", ("after", "eval/ood_accuracy"), "{:.3f}"),
-            ("KL", ("after", "eval/kl"), "{:.2f}"), ("length", ("after", "eval/mean_length"), "{:.1f}"),
+            ("nll", ("after", "eval/loss"), "{:.3f}"), ("KL", ("after", "eval/kl"), "{:.2f}"),
+            ("length", ("after", "eval/mean_length"), "{:.1f}"),
             ("updates", ("updates",), "{:.0f}"), ("sampled", ("sampled_tokens",), "{:,.0f}"),
-            ("trained", ("trained_tokens",), "{:,.0f}"), ("seconds", ("seconds",), "{:.0f}"), ("MB", ("peak_memory_mb",), "{:.0f}")]
+            ("trained", ("trained_tokens",), "{:,.0f}"),
+            ("train s", ("train_seconds",), "{:.1f}"), ("eval s", ("eval_seconds",), "{:.1f}"),
+            ("MB", ("peak_memory_mb",), "{:.0f}")]
+COSTS = ("train s, eval s: seconds of training and of evaluation\n"
+         "MB: peak memory of the process, with Python, torch and evaluation "
+         "(on a GPU: of the tensors there)")
+JUDGED = (("eval/accuracy", "held-out accuracy"), ("eval/loss", "held-out nll"))   # a run has one
 
 
 def result_line(result):
-    a = result["after"]
-    found = f"held-out accuracy {a['eval/accuracy']:.3f}" if "eval/accuracy" in a else f"held-out nll {a['eval/loss']:.3f}"
+    after = result["after"]
+    found = next((f"{title} {after[name]:.3f}" for name, title in JUDGED if name in after), NOTHING)
     return f"{result['variant']}, seed {result['seed']}: {found}, {result['steps']} steps in {result['seconds']:.0f} s"
 
 
 def comparison(results):
     """The table of a comparison: a row a variant, each cell the mean over seeds and, behind +-, half of largest minus
-    smallest; the base first. Token counts and seconds are those of the run, without the base."""
+    smallest; the base first. Token counts, seconds and memory are those of the run, without the
+    base."""
     def value(result, keys):
         for key in keys:
             result = result.get(key) if result is not None else None
@@ -389,11 +397,13 @@ def comparison(results):
         rows.append([variant, *(cell(runs, keys, form) for _, keys, form in MEASURES)])
     shown = [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in shown}
-    return "\n".join("  ".join(f"{row[i]:<{widths[i]}}" if i == 0 else f"{row[i]:>{widths[i]}}" for i in shown) for row in rows)
+    lines = ["  ".join(f"{row[i]:{'>' if i else '<'}{widths[i]}}" for i in shown) for row in rows]
+    return "\n".join([*lines, COSTS])
 
 
 def peak_memory_mb():
-    if torch.cuda.is_available():
+    """The most memory that this process, all of it, ever held; if it used a GPU, tensors there."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource   # absent on Windows
@@ -463,18 +473,24 @@ def plot(out_dir):
 
 
 def plot_comparison(folder, results):
-    """Draw compare.png: held-out accuracy against updates and against sampled tokens, mean and range over seeds."""
+    """Draw compare.png: held-out accuracy (else nll) against updates and against sampled tokens,
+    mean and range over seeds."""
     plt = pyplot()
     if plt is None:
         return NO_PICTURE
+    judged = [(name, title) for name, title in JUDGED if name in results[0]["after"]]
+    if not judged:
+        return f"no picture: {NOTHING}"
+    measure, title = judged[0]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, name, label in zip(axes, ("updates", "sampled_tokens"), ("updates", "sampled tokens")):
         for i, variant in enumerate(dict.fromkeys(r["variant"] for r in results)):
-            runs = [[line for line in read_metrics(os.path.join(r["folder"], "metrics.jsonl")) if "eval/accuracy" in line]
+            logs = [read_metrics(os.path.join(r["folder"], "metrics.jsonl"))
                     for r in results if r["variant"] == variant]
+            runs = [[line for line in lines if measure in line] for lines in logs]
             points = list(zip(*runs))                      # [evaluation][seed]
             x = [sum(line[name] for line in lines) / len(lines) for lines in points]
-            y = [[line["eval/accuracy"] for line in lines] for lines in points]
+            y = [[line[measure] for line in lines] for lines in points]
             if not points:
                 continue
             if name == "sampled_tokens" and x[-1] == 0:    # imitation samples nothing: its end is a level to compare with
@@ -484,7 +500,7 @@ def plot_comparison(folder, results):
             axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f"C{i}", alpha=0.2, linewidth=0)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, sampled")
+    axes[0].set_ylabel(title)
     axes[0].legend(fontsize=8, frameon=False)
     axes[1].set_title("dotted: samples nothing", fontsize=8)
     figure.tight_layout()

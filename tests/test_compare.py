@@ -109,7 +109,8 @@ def test_a_comparison(tiny_base, in_process, capsys):
     assert all("eval/accuracy" in r["after"] for r in results)
     table = report.comparison(results)
     assert table in out
-    assert [row.split()[0] for row in table.splitlines()[1:]] == ["base", *variants]
+    rows = table.removesuffix(report.COSTS).splitlines()
+    assert [row.split()[0] for row in rows[1:]] == ["base", *variants]
 
     os.remove("out/chain-sft-1/summary.json")
     assert run(*command) == 0
@@ -325,8 +326,9 @@ def test_the_table_by_hand():
     """Mean and, behind +-, half the range over seeds; the base from the first run; a column nobody has is left out."""
     def result(variant, accuracy, tokens):
         return {"variant": variant, "before": {"eval/accuracy": 0.25}, "after": {"eval/accuracy": accuracy}, "updates": 60,
-                "sampled_tokens": tokens, "seconds": 8.2, "peak_memory_mb": None}
+                "sampled_tokens": tokens, "train_seconds": 8.2, "peak_memory_mb": None}
     table = report.comparison([result("sft", 0.9, 0), result("grpo", 0.5, 1000), result("grpo", 0.7, 3000)])
-    assert [row.split() for row in table.splitlines()] == [
-        ["accuracy", "updates", "sampled", "seconds"], ["base", "0.250", "-", "-", "-"], ["sft", "0.900", "60", "0", "8"],
-        ["grpo", "0.600", "+-0.100", "60", "2,000", "8"]]
+    assert [row.split() for row in table.removesuffix(report.COSTS).splitlines()] == [
+        ["accuracy", "updates", "sampled", "train", "s"], ["base", "0.250", "-", "-", "-"],
+        ["sft", "0.900", "60", "0", "8.2"],
+        ["grpo", "0.600", "+-0.100", "60", "2,000", "8.2"]]
