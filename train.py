@@ -229,12 +229,14 @@ def parse_args(argv):
     for name in ("max_minutes", "micro_batch_size", "max_new_tokens", "warmup_steps", "weight_decay", "max_grad_norm", "top_k", "seed", "base_seed"):
         if not 0 <= getattr(args, name) < 2**40:
             raise InputError(f"--{name} {getattr(args, name)}: a number from 0 to 2^40 is needed")
-    for name, low, high in (("learning_rate", 0, math.inf), ("top_p", 0, 1 + 1e-9), ("adam_beta2", -1e-9, 1)):
-        if not low < getattr(args, name) < high:
-            raise InputError(f"--{name} {getattr(args, name)} is out of range; --help says what is usual")
-    if algo == "pretrain" and args.init_from and not (args.eval_only or args.sample is not None):
+    for name, fits in (("learning_rate", args.learning_rate > 0), ("top_p", 0 < args.top_p <= 1),
+                       ("adam_beta2", 0 <= args.adam_beta2 < 1)):
+        if not fits:
+            raise InputError(f"--{name} {getattr(args, name)} is out of range; --help says what is "
+                             "usual")
+    if algo == "pretrain" and args.init_from and not judging(args):
         raise InputError("--algo pretrain starts from random weights: leave out --init_from")
-    if (args.top_k or args.top_p < 1) and not (args.eval_only or args.sample is not None):
+    if (args.top_k or args.top_p < 1) and not judging(args):
         raise InputError("--top_k and --top_p are for --sample and --eval_only: training scores the whole distribution, "
                          "and what is sampled from a part of it would not be the policy's own")
     if args.inspect and algo in SHARED:
@@ -243,6 +245,11 @@ def parse_args(argv):
         raise InputError("--eval_data needs --data")
     args.out_dir = args.out_dir and os.path.normpath(args.out_dir)   # `run/` is `run`
     return args, config, shape
+
+
+def judging(args):
+    """Whether a model is only asked or judged, and nothing trained."""
+    return args.eval_only or args.sample is not None
 
 
 def pick_device(args):
@@ -345,7 +352,7 @@ def learning_rate(args, step):
         step, steps = step - first, end - first
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    done = (step - args.warmup_steps) / (steps - args.warmup_steps)
     fall = {"constant": 0.0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done)}[args.lr_scheduler_type]
     return args.learning_rate * (1 - 0.9 * fall)
 
@@ -518,11 +525,6 @@ def train(args, algo, task, again, checkpoint=None, pretrain_seconds=0.0):
 
 
 # -- from the command line to the loop ----------------------------------------------------------------------------------
-
-
-def judging(args):
-    """Whether a model is only asked or judged, and nothing trained."""
-    return args.eval_only or args.sample is not None
 
 
 def make_task(args, config, tokenizer, block_size):
