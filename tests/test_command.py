@@ -475,3 +475,24 @@ def test_nothing_that_resuming_needs_may_be_missing(lost):
     del checkpoint[lost]
     with pytest.raises(InputError, match=f"^x holds a model but no {lost}, and cannot be resumed"):
         train.check_same_settings(args, shape, checkpoint, "x")
+
+
+# -- how a command ends ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome, code, said", [
+    (0, 0, ""), (130, 130, ""), (InputError("no luck"), 2, "error: no luck\n"),
+    (KeyboardInterrupt(), 130, "\nstopped\n"),
+    (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: Permission denied\n"),
+    (OSError(errno.ENOSPC, "No space left"), 2, "error: output: No space left\n")])
+def test_how_a_command_ends(monkeypatch, capsys, outcome, code, said):
+    """The exit code, and one line on stderr where something went wrong."""
+    def run(argv):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", said)

@@ -4,11 +4,14 @@ order the data come. Compared with numbers worked out here, or with a run that w
 """
 
 import json
+import math
 import os
+import random
 import re
 import signal
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -215,6 +218,85 @@ def test_the_base_counts_in_a_resumed_run_too(monkeypatch):
     stop_after(1, monkeypatch, *flags)
     assert run(*flags, "--resume") == 0
     assert summary("run")["pretrain_seconds"] == summary("out/chain-pretrain-0")["seconds"] > 0
+
+
+def test_ctrl_c_twice_stops_at_once(tiny_base, monkeypatch, capsys):
+    """The second Ctrl-C does not wait for the step to end, and the handler of before is back."""
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the step went on")
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--algo", "sft", *DEMOS, *TASK, "--init_from", tiny_base, "--out_dir", "run")
+    assert signal.getsignal(signal.SIGINT) is before and not os.path.exists("run/ckpt.pt")
+    assert "stopping after this step" in capsys.readouterr().out
+
+
+def test_random_states_by_round_trip():
+    """Python's, numpy's and torch's generators draw again what they drew after they were saved."""
+    def draw():
+        return random.random(), numpy.random.rand(), torch.rand(1).item(), random.gauss(0, 1)
+    draw()
+    states = train.random_states()
+    drawn = draw()
+    assert draw() != drawn
+    train.set_random_states(states)
+    assert draw() == drawn
+
+
+# -- one update ------------------------------------------------------------------------------------
+
+
+class Line:
+    """An algorithm of one weight w, at first 1, whose loss is the sum of its rows times w."""
+    rows_together = 1
+
+    def __init__(self):
+        self.w = torch.nn.Parameter(torch.ones(1))
+        self.unused = torch.nn.Parameter(torch.ones(1))
+        self.networks = {"model": torch.nn.ParameterList([self.w, self.unused])}
+
+    def loss(self, batch):
+        rows = batch["completion_ids"].float().sum()
+        return rows * self.w.sum(), {"rows": (rows, 1)}
+
+
+def batch(*rows):
+    n = len(rows)
+    return {"prompt_ids": torch.zeros(n, 1, dtype=torch.long), "prompt_index": torch.arange(n),
+            "prompt_mask": torch.ones(n, 1, dtype=torch.bool),
+            "completion_ids": torch.tensor(rows)[:, None],
+            "completion_mask": torch.ones(n, 1, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("max_grad_norm, moved", [(0, 6.0), (2.0, 2.0), (6.0, 6.0), (9.0, 6.0)])
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 2])
+def test_an_update_by_hand(max_grad_norm, moved, micro_batch_size):
+    """Rows 1, 2 and 3: loss 6 and gradient 6, in parts or whole. With a rate of 1 the weight falls
+    by the gradient's length, or by max_grad_norm where that is shorter; 0 shortens nothing."""
+    algo, totals = Line(), {}
+    args = SimpleNamespace(device="cpu", dtype="float32", micro_batch_size=micro_batch_size,
+                           max_grad_norm=max_grad_norm)
+    optimizer = torch.optim.SGD([algo.w, algo.unused], lr=1.0)
+    assert train.update(args, algo, optimizer, batch(1, 2, 3), totals) == 3
+    assert algo.w.item() == pytest.approx(1 - moved, abs=1e-4) and algo.unused.item() == 1
+    parts = {0: 1, 1: 3, 2: 2}[micro_batch_size]
+    assert totals == {"rows": (6.0, float(parts)), "loss": (6.0, 1.0), "grad_norm": (6.0, 1.0)}
+    assert train.update(args, algo, optimizer, None, totals) == 0       # nothing is left of before
+    assert algo.w.item() == pytest.approx(1 - moved, abs=1e-4)
+    assert totals["grad_norm"] == (6.0, 2.0)
+
+
+@pytest.mark.parametrize("row", [math.inf, math.nan])
+def test_an_update_that_is_not_finite_moves_nothing(row):
+    """It raises before the optimizer steps, and nothing of it is logged as loss."""
+    algo, totals = Line(), {}
+    args = SimpleNamespace(device="cpu", dtype="float32", micro_batch_size=0, max_grad_norm=1.0)
+    with pytest.raises(FloatingPointError):
+        train.update(args, algo, torch.optim.SGD([algo.w], lr=1.0), batch(row), totals)
+    assert algo.w.item() == 1 and "loss" not in totals
 
 
 # -- what is counted -------------------------------------------------------------------------------
