@@ -207,3 +207,10 @@ def test_dtype_decides_what_matrix_products_are_made_in(device, dtype):
     with data.autocast(SimpleNamespace(device=device, dtype=dtype)):
         assert linear(x).dtype == getattr(torch, dtype)
     assert linear(x).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA")               # it may not be there
+def test_on_a_gpu_autocast_is_bfloat16_too():
+    """Torch's own choice there would be float16, whose gradients need scaling."""
+    args = SimpleNamespace(device="cuda", dtype="bfloat16")
+    assert data.autocast(args).fast_dtype == torch.bfloat16
