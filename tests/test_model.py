@@ -5,11 +5,12 @@ different times. Tolerances: float32 in another order of operations differs by a
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig, InputError, sample
+from model import GPT, GPTConfig, InputError, check, sample
 
 EOS, PAD = 6, 7
 PROMPTS = [[6, 1, 2, 3], [6, 5], [6, 4, 4, 0, 2, 1, 3]]
@@ -466,7 +467,84 @@ def test_weight_decay_shrinks_matrices_only():
         torch.testing.assert_close(p.detach(), old * 0.95 if p.dim() == 2 else old)
 
 
+def test_the_optimizer_gets_its_settings():
+    """Learning rate, betas and eps are AdamW's in both groups, the decay is that of the matrices;
+    the parameters of another network are trained beside the model's own, each once."""
+    model, other = make_model(qkv_bias=True), make_model().with_scalar_head()
+    optimizer = model.configure_optimizer(0.3, 0.2, betas=(0.7, 0.8), eps=1e-3, others=(other,))
+    for group, weight_decay in zip(optimizer.param_groups, (0.2, 0.0)):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.7, 0.8), 1e-3)
+        assert group["weight_decay"] == weight_decay
+    matrices, rest = (group["params"] for group in optimizer.param_groups)
+    assert all(p.dim() == 2 for p in matrices) and all(p.dim() == 1 for p in rest)
+    everything = [*model.parameters(), *other.parameters()]
+    assert len(matrices) + len(rest) == len(everything)
+    assert {id(p) for p in matrices + rest} == {id(p) for p in everything}
+
+
+def test_the_first_step_of_the_optimizer_worked_by_hand():
+    """After one step from a gradient g the bias-corrected moments are g and g^2: a norm's weight
+    moves by lr g / (|g| + eps), whatever the betas; after a second step, from a gradient of 0, the
+    moments are g b1 (1 - b1) / (1 - b1^2) and g^2 b2 (1 - b2) / (1 - b2^2)."""
+    for betas in ((0.9, 0.95), (0.5, 0.75)):
+        model = make_model()
+        optimizer = model.configure_optimizer(0.1, 0.0, betas=betas, eps=1.0)
+        weight, (b1, b2) = model.norm.weight, betas
+        start = weight.detach().clone()
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), start - 0.1 * 2 / (2 + 1))
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        first = 2 * b1 * (1 - b1) / (1 - b1 ** 2)
+        second = 2 * math.sqrt(b2 * (1 - b2) / (1 - b2 ** 2))
+        torch.testing.assert_close(weight.detach(), start - 0.1 * (2 / 3 + first / (second + 1)))
+
+
+def test_a_scalar_head_is_a_copy_that_says_0():
+    """A critic reads like its model, has one number a position, at first 0, and weights of its own;
+    a critic made from a critic is a copy that can be trained."""
+    model, (ids, mask) = make_model(), pad(PROMPTS, "left")
+    model.skip_padding = False
+    critic = model.with_scalar_head()
+    assert critic(ids, mask).shape == (*ids.shape, 1) and critic(ids, mask).eq(0).all()
+    hidden, expected = (network.hidden_states(ids, mask)[0] for network in (critic, model))
+    torch.testing.assert_close(hidden, expected)
+    assert not critic.skip_padding and not model.config.scalar_head and critic.config.scalar_head
+    with torch.no_grad():
+        critic.lm_head.weight.fill_(1.0), critic.norm.weight.add_(1.0)
+    assert not torch.equal(critic.norm.weight, model.norm.weight)
+    again = critic.requires_grad_(False).with_scalar_head()
+    assert torch.equal(again(ids, mask), critic(ids, mask)) and again is not critic
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_the_default_model_is_the_one_of_the_readme():
+    """123,392 parameters, contexts of 128 tokens, theta 100, eps 1e-6, norms on q and k."""
+    model = GPT(GPTConfig())
+    assert model.num_parameters() == 123392 and model.cos.shape == (128, 8)
+    config = model.config
+    assert (config.rope_theta, config.norm_eps) == (100, 1e-6)
+    assert (config.n_layer, config.n_head, config.n_embd) == (2, 4, 64)
+    assert config.qk_norm and config.tie_embeddings and not config.qkv_bias
+
+
+@pytest.mark.parametrize("names, fits, not_fits", [
+    ("at_least_1", (1, 2), (0, -1)), ("at_least_0", (0, 0.5), (-1, -0.1)),
+    ("above_0", (0.1, 1), (0, -1))])
+def test_check_refuses_what_is_too_small(names, fits, not_fits):
+    """The bounds are exact, the second of two names is looked at as well, and nan fails."""
+    for value in fits:
+        check(SimpleNamespace(a=1, b=value), **{names: "a b"})
+    for value in (*not_fits, math.nan):
+        with pytest.raises(InputError, match=f"--b {value}: .*needed"):
+            check(SimpleNamespace(a=1, b=value), **{names: "a b"})
+
+
 @pytest.mark.parametrize("wrong, message", [
+    (dict(head_dim=-2), "head_dim and n_hidden must be at least 0"),
+    (dict(n_hidden=-1), "head_dim and n_hidden must be at least 0"),
+    (dict(rope_theta=0.0), "rope_theta and norm_eps above 0"), (dict(norm_eps=0.0), "above 0"),
     (dict(n_embd=65), "n_embd .65. must be divisible by n_head .4."),
     (dict(n_embd=12), "even"),                                        # heads of 3
     (dict(head_dim=7), "even"),
@@ -486,6 +564,9 @@ def test_zero_means_the_usual_shape():
     """0 stands for all heads, n_embd / n_head, and 8/3 of the width in multiples of 32."""
     config = GPTConfig(n_embd=64, n_head=4)
     assert (config.n_kv_head, config.head_dim, config.n_hidden) == (4, 16, 192)
+    assert GPTConfig(n_embd=96, n_head=2).n_hidden == 256             # 8/3 of 96 is 256 exactly
+    assert GPTConfig(n_embd=100, n_head=2).n_hidden == 288            # 266.7, rounded up
+    assert GPTConfig(n_embd=65, head_dim=8).head_dim == 8             # 65 need not be divisible
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")                  # PyTorch's, about RMSNorm being slower so
