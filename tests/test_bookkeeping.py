@@ -110,9 +110,21 @@ def test_token_weights_keep_the_precision_of_the_mask(token_weights):
 
 
 def test_a_rounding_error_below_the_threshold_is_forgiven():
-    """A weighted sum of rewards may miss it by 1e-6, and by no more."""
+    """A weighted sum of rewards may miss it by 1e-6, and by no more; DFT's class likewise."""
     rewards = 1 - torch.tensor([[0.0, 0.9e-6, 1.5e-6, 1e-3]], dtype=torch.float64)
     assert sft.kept(rewards).tolist() == [[1, 1, 0, 0]]
+    for missing, kept in ((0.8e-6, 16), (1.5e-6, 0)):
+        algo = make(DFT)
+        algo.rewards.functions = {"near": lambda p, c, missing=missing, **columns:
+                                  [1 - missing] * len(p)}
+        assert algo.collect(PROBLEMS, generator(), 1)[1]["kept"] == (kept, 16)
+
+
+@pytest.mark.parametrize("token_weights", [sft.token_weights, dft_token_weights])
+def test_token_weights_of_one_token_and_of_none(token_weights):
+    """One token has the whole weight; where there is none, every weight is 0 and not 0/0."""
+    assert token_weights(torch.tensor([[True, False]])).tolist() == [[1, 0]]
+    assert token_weights(torch.tensor([[False, False]])).tolist() == [[0, 0]]
 
 
 def test_what_is_kept_has_the_precision_of_the_rewards():
@@ -498,6 +510,17 @@ def test_z0_is_beta_times_the_mean_and_never_below_0():
         batch = data.collate(SINGLES[:2], Letters())
         [minibatch] = algo.minibatches({**batch, "label": torch.tensor([True, False])})
         assert minibatch["z0"].tolist() == pytest.approx([z0] * 2)
+
+
+def test_a_tie_is_no_right_order():
+    """Where policy and reference are one model, and where a reward model's head is 0, every margin
+    is exactly 0: no pair counts as ranked right, none as wrong by a margin."""
+    algo = make(DPO)
+    algo.ref_model.load_state_dict(algo.model.state_dict())
+    metrics = algo.loss(algo.minibatches(pair_batch())[0])[1]
+    assert metrics["rewards/accuracies"] == (0, 3) and metrics["rewards/margins"] == (0, 3)
+    metrics = make(RM).loss(make(RM).minibatches(pair_batch())[0])[1]
+    assert metrics["accuracy"] == (0, 3) and metrics["margin"] == (0, 3)
 
 
 # -- what a file holds ----------------------------------------------------------------------------
