@@ -238,11 +238,12 @@ def test_nothing_to_compare_by(nothing_is_run, algo, columns, held_out):
 
 def test_one_bare_prompt_among_the_held_out_lines(nothing_is_run):
     """One held-out line that nothing can judge is enough to refuse."""
-    write_lines(SUMS, ("prompt", "completion"))
+    write_lines(SUMS, ("prompt",))
     with open("held.jsonl", "w") as file:
-        file.write('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "1+2="}\n')
-    with pytest.raises(InputError):
-        run("--algo", "sft,dft", "--data", "sums.jsonl", "--eval_data", "held.jsonl")
+        file.write('{"prompt": "1+2="}\n{"prompt": "1+1=", "completion": "2"}\n')
+    with pytest.raises(InputError, match="no held-out lines with an answer, a completion or a text"):
+        run("--algo", "grpo,ppo", "--reward", "brevity", "--data", "sums.jsonl", "--eval_data",
+            "held.jsonl")
 
 
 @pytest.mark.parametrize("algo, columns, judged_by", [
