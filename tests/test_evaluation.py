@@ -393,12 +393,12 @@ class Scorer:
         return table
 
 
-def make_rm(draws, task):
-    """RM with the table for a model, and a sampler that gives each prompt the draws, 8 of them."""
+def make_rm(draws, task, num_generations=8):
+    """RM with the table for a model, and a sampler that gives each prompt the draws."""
     sampler = Policy("sampler", draws)
     sampler.with_scalar_head = Scorer
-    algo = rm.RM(rm.RMConfig(), sampler, sampler, Tokens(), task)
-    return algo, sampler
+    config = rm.RMConfig(num_generations=num_generations)
+    return rm.RM(config, sampler, sampler, Tokens(), task), sampler
 
 
 @pytest.mark.parametrize("wrong, accuracy", [("0", 1 / 3), ("011", 0.0)], ids=["", "a tie"])
@@ -417,12 +417,15 @@ def test_pair_accuracy_by_hand(wrong, accuracy):
 
 
 def test_pairs_are_made_in_parts():
-    """128 problems of 8 answers at a time; none is left out, and bfloat16 is what --dtype says."""
+    """128 problems of 8 answers at a time, or one problem where it has more than 1,024; none is
+    left out, and bfloat16 is what --dtype says."""
     algo, sampler = make_rm({"p": ["0"] * 7 + ["1"]}, Wide())
     args = args_of(eval_problems=260, dtype="bfloat16")
     assert algo.evaluate(args) == {"eval/pair_accuracy": 1.0, "eval/pairs": 260}
     asked = [(len(call.prompts), call.bfloat16) for call in sampler.calls]
     assert asked == [(128, True), (128, True), (4, True)]
+    algo, sampler = make_rm({"p": ["0"] * 1024 + ["1"]}, Wide(), 1025)
+    assert algo.evaluate(args_of(eval_problems=2))["eval/pairs"] == len(sampler.calls) == 2
 
 
 def test_pairs_of_a_file(tmp_path):
