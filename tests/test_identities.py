@@ -205,7 +205,7 @@ def test_groups_do_not_see_each_other_but_a_batch_deviation_does():
     assert close(grpo.group_advantages(rewards, advantage_eps=1e-12), [[s, -s], [0, 0]], 1e-6)
     b = 0.5 / (17 / 4) ** 0.5
     assert close(grpo.group_advantages(rewards, scale_rewards="batch", advantage_eps=0), [[b, -b], [0, 0]], 1e-6)
-    b = 0.5 / (51 / 16) ** 0.5                                                       # of the population
+    b = 0.5 / (51 / 16) ** 0.5                                   # of the population
     flags = dict(scale_rewards="batch", advantage_eps=0, std_correction=0)
     assert close(grpo.group_advantages(rewards, **flags), [[b, -b], [0, 0]], 1e-6)
     b = 0.5 / ((17 / 4) ** 0.5 + 0.5)

@@ -201,7 +201,7 @@ def test_rewards_without_a_group_mean_have_no_group_scale(advantage):
 
 
 def test_a_group_of_one_has_no_deviation_to_log():
-    """One answer a prompt: every group is flat and reward_std, which would be nan, is not logged."""
+    """One answer a prompt: every group is flat, and reward_std, which would be nan, is absent."""
     flags = dict(advantage="reinforce", scale_rewards="batch")
     _, metrics = collect(make_grpo(num_generations=1, **flags))
     assert metrics["frac_reward_zero_std"] == (4, 4) and "reward_std" not in metrics
