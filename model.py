@@ -1,76 +1,73 @@
 """
 The policy: a small decoder-only transformer, from scratch, in one file.
 
-The block is the one that the Llama, Qwen2 and Qwen3 families share: pre-norm RMSNorm (Zhang & Sennrich 2019,
-1910.07467), rotary positions (Su et al. 2021, 2104.09864), SwiGLU (Shazeer 2020, 2002.05202), grouped-query attention
-(Ainslie et al. 2023, 2305.13245), an optional bias on q, k, v (Qwen2) and an optional norm on q and k (Qwen3). The
-parameters carry those families' names, so that their weights fit by renaming tensors alone. The file reads in the
-spirit of nanoGPT (github.com/karpathy/nanoGPT): config, attention, MLP, block, model, top to bottom.
+The block is the one that the Llama, Qwen2 and Qwen3 families share: pre-norm RMSNorm (Zhang &
+Sennrich 2019, 1910.07467), rotary positions (Su et al. 2021, 2104.09864), SwiGLU (Shazeer 2020,
+2002.05202), grouped-query attention (Ainslie et al. 2023, 2305.13245), an optional bias on q, k, v
+(Qwen2) and an optional norm on q and k (Qwen3). The parameters carry those families' names, so that
+their weights fit by renaming tensors alone. The file reads in the spirit of nanoGPT
+(github.com/karpathy/nanoGPT): config, attention, MLP, block, model, top to bottom.
 
-Every algorithm asks the model for just two things:
+Every algorithm asks the model for two things:
+
     generate(prompts)                        sample completions, each with its log-probabilities
-    completion_logits(prompts, completions)  the logits that predict each completion token, with gradients
+    completion_logits(prompts, completions)  the logits that predict each completion token
+
 Both read a prompt once, however many completions belong to it.
 
-Shapes: P prompts, B completions, T tokens, C = n_embd, V = vocab_size, nh heads, nkv key/value heads, hd head size.
+Shapes: P prompts, B completions, T tokens, C = n_embd, V = vocab_size, nh heads, nkv key/value
+heads, hd head size.
 """
 
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class InputError(ValueError):
-    """Something that the person at the keyboard can put right. train.py prints it as one line and exits with code 2."""
-
-
-def check(config, at_least_1="", at_least_0="", above_0=""):
-    """Raise InputError for the first of the config's named fields that is too small; names are separated by blanks."""
-    for names, fits, what in ((at_least_1, lambda value: value >= 1, "at least 1"),
-                              (at_least_0, lambda value: value >= 0, "a number of at least 0"),
-                              (above_0, lambda value: value > 0, "a number above 0")):
-        for name in names.split():
-            if not fits(getattr(config, name)):
-                raise InputError(f"--{name} {getattr(config, name)}: {what} is needed")
+from harness.errors import InputError
+from harness.flags import check_bounds, flag
 
 
 @dataclass
 class GPTConfig:
-    """The shape of the model; two models of one config can load each other's weights."""
+    """the model (of a new base; other models bring their own shape)"""
     vocab_size: int = 258
-    block_size: Annotated[int, "longest sequence, prompt and completion together, in tokens"] = 128
-    n_layer: Annotated[int, "transformer blocks (2 to 24)"] = 2
-    n_head: Annotated[int, "attention heads (2 to 16)"] = 4
-    n_kv_head: Annotated[int, "heads of keys and values; 0: n_head, fewer: grouped-query attention"] = 0
-    n_embd: Annotated[int, "width of the residual stream (64 to 1024)"] = 64
-    head_dim: Annotated[int, "size of a head; 0: n_embd / n_head"] = 0
-    n_hidden: Annotated[int, "width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32"] = 0
-    rope_theta: Annotated[float, "base of the rotary wavelengths; 10000 suits contexts of thousands"] = 100.0
-    norm_eps: Annotated[float, "added to the mean square in RMSNorm"] = 1e-6
-    qkv_bias: Annotated[bool, "bias on q, k and v, as in Qwen2"] = False
-    qk_norm: Annotated[bool, "RMSNorm on q and k, as in Qwen3"] = True
-    tie_embeddings: Annotated[bool, "input embedding and output head are one matrix"] = True
-    scalar_head: bool = False     # one number a position in place of logits: a critic or a reward model
+    block_size: int = flag(128, "longest sequence, prompt and completion together, in tokens",
+                           at_least=1)
+    n_layer: int = flag(2, "transformer blocks (2 to 24)", at_least=1)
+    n_head: int = flag(4, "attention heads (2 to 16)", at_least=1)
+    n_kv_head: int = flag(0, "heads of keys and values; 0: n_head, fewer: grouped-query attention",
+                          at_least=0)
+    n_embd: int = flag(64, "width of the residual stream (64 to 1024)", at_least=1)
+    head_dim: int = flag(0, "size of a head; 0: n_embd / n_head", at_least=0)
+    n_hidden: int = flag(0, "width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32",
+                         at_least=0)
+    rope_theta: float = flag(100.0, "base of the rotary wavelengths; 10000 suits contexts of "
+                                    "thousands", above=0)
+    norm_eps: float = flag(1e-6, "added to the mean square in RMSNorm", above=0)
+    qkv_bias: bool = flag(False, "bias on q, k and v, as in Qwen2")
+    qk_norm: bool = flag(True, "RMSNorm on q and k, as in Qwen3")
+    tie_embeddings: bool = flag(True, "input embedding and output head are one matrix")
+    scalar_head: bool = False     # one number a position, not logits: a critic or a reward model
 
     def __post_init__(self):
+        check_bounds(self)
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if min(self.head_dim, self.n_hidden) < 0 or self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise InputError("head_dim and n_hidden must be at least 0, rope_theta and norm_eps above 0")
+        if self.vocab_size < 1:
+            raise InputError(f"vocab_size is {self.vocab_size}; it must be at least 1")
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise InputError(f"the head size (n_embd / n_head = {self.head_dim}) must be even: rotary positions turn pairs")
+            raise InputError(f"the head size (n_embd / n_head = {self.head_dim}) must be even: "
+                             "rotary positions turn pairs")
         if self.n_head % self.n_kv_head:
-            raise InputError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+            raise InputError(f"n_head ({self.n_head}) must be divisible by n_kv_head "
+                             f"({self.n_kv_head})")
         self.n_hidden = self.n_hidden or 32 * math.ceil(8 * self.n_embd / 3 / 32)
 
 
@@ -79,7 +76,7 @@ class Samples(NamedTuple):
     completion_ids: torch.Tensor     # (B, T) sampled tokens, EOS included, then padding
     completion_mask: torch.Tensor    # (B, T) True on sampled tokens, EOS included; False on padding
     truncated: torch.Tensor          # (B,)   True where max_new_tokens ran out before EOS
-    logprobs: torch.Tensor           # (B, T) float32 log-probability under the distribution it was drawn from; 0 on padding
+    logprobs: torch.Tensor           # (B, T) under what the token was drawn from; 0 on padding
 
 
 def at_least_float32(x):
@@ -90,27 +87,34 @@ def at_least_float32(x):
 def rotate(x, cos, sin):
     """Rotary positions in the rotate-half convention of Llama: dimension i is paired with i + hd/2.
 
-    x (N, heads, hd); cos and sin (N, 1, hd/2). A query and a key turned so have a dot product that depends on the
-    distance between them alone, which is why padding may sit on either side.
+    x (N, heads, hd); cos and sin (N, 1, hd/2). A query and a key that are turned like this have a
+    dot product that depends on the distance between them alone, so padding may sit on either side.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 class Padding(NamedTuple):
-    """Where the N real tokens sit in the (B, T) grid. All layers but attention treat each token by itself and so work on
-    the (N, C) list of real tokens, which makes padding free; attention needs the grid."""
+    """Where the N real tokens sit in the (B, T) grid. Attention needs the grid. All other layers
+    treat each token alone, so they work on the (N, C) list of real tokens:
+
+        grid   [<pad>  7   +  ]      list   [7  +  1  -  2]      real   [1  2  3  4  5]
+               [  1    -   2  ]
+    """
     B: int
     T: int
-    real: Optional[torch.Tensor]     # (N,) indices into the flattened grid; None: every cell is real, N = B * T
+    real: torch.Tensor | None        # (N,) cells of the flattened grid; None: all, N = B * T
 
     def take(self, grid):            # (B, T, ...) -> (N, ...)
         flat = grid.reshape(self.B * self.T, *grid.shape[2:])
-        return flat if self.real is None else flat.index_select(0, self.real)   # flat[real], faster backward
+        if self.real is None:
+            return flat
+        return flat.index_select(0, self.real)   # flat[real], with a faster backward pass
 
     def spread(self, tokens):        # (N, ...) -> (B, T, ...), zeros on padding
         if self.real is not None:
-            tokens = tokens.new_zeros(self.B * self.T, *tokens.shape[1:]).index_copy(0, self.real, tokens)
+            flat = tokens.new_zeros(self.B * self.T, *tokens.shape[1:])
+            tokens = flat.index_copy(0, self.real, tokens)
         return tokens.view(self.B, self.T, *tokens.shape[1:])
 
 
@@ -126,25 +130,27 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(hd, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, padding, cos, sin, mask, past=None, filled=None):
-        """x (N, C) -> output (N, C) and the keys and values (B, nkv, S, hd) of everything read so far.
+        """x (N, C) -> output (N, C) and the keys and values (B, nkv, S, hd) of all that was read.
 
-        mask (B or 1, 1, T, S) is True where a query may look. `past` holds earlier keys and values in one of two ways:
-        for training (filled None) it is extended by a concatenation, through which gradients reach the prompt; for
-        sampling it is a buffer as long as the whole sequence, of which `filled` columns are in use, written in place.
+        mask (B or 1, 1, T, S) is True where a query may look. `past` holds earlier keys and values
+        in one of two ways. For training (filled None) it is extended by a concatenation, through
+        which gradients reach the prompt. For sampling it is a buffer as long as the whole sequence,
+        of which `filled` columns are in use, written in place.
         """
         N, T, hd = len(x), padding.T, self.config.head_dim
         q, k = at_least_float32(self.q_proj(x)), at_least_float32(self.k_proj(x))
-        q = rotate(self.q_norm(q.view(N, -1, hd)), cos, sin)                          # (N, nh, hd)
-        k = rotate(self.k_norm(k.view(N, -1, hd)), cos, sin)                          # (N, nkv, hd)
-        v = self.v_proj(x).view(N, -1, hd)                                            # (N, nkv, hd)
-        q, k, v = (padding.spread(t).transpose(1, 2) for t in (q, k.to(v.dtype), v))  # (B, heads, T, hd)
+        q = rotate(self.q_norm(q.view(N, -1, hd)), cos, sin)                    # (N, nh, hd)
+        k = rotate(self.k_norm(k.view(N, -1, hd)), cos, sin)                    # (N, nkv, hd)
+        v = self.v_proj(x).view(N, -1, hd)                                      # (N, nkv, hd)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = (padding.spread(t).transpose(1, 2) for t in (q, k, v))        # (B, heads, T, hd)
         if past is not None and filled is None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         elif past is not None:
             past[0][:, :, filled:filled + T], past[1][:, :, filled:filled + T] = k, v
             k, v = past[0][:, :, :filled + T], past[1][:, :, :filled + T]
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask,
-                                           enable_gqa=self.config.n_kv_head != self.config.n_head)  # (B, nh, T, hd)
+        grouped = self.config.n_kv_head != self.config.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(padding.take(y.transpose(1, 2)).reshape(N, -1)), (k, v)
 
 
@@ -178,138 +184,161 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.skip_padding = True     # False keeps shapes fixed, which torch.compile and a busy GPU prefer
+        self.skip_padding = True     # on a CPU; a GPU prefers shapes that do not change
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, 1 if config.scalar_head else config.vocab_size, bias=False)
+        outputs = 1 if config.scalar_head else config.vocab_size
+        self.lm_head = nn.Linear(config.n_embd, outputs, bias=False)
         if config.tie_embeddings and not config.scalar_head:
             self.lm_head.weight = self.embed_tokens.weight
         # theta^(-2i/hd) by the operations that transformers uses: the angles agree in every bit.
-        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim      # (hd/2,)
-        frequencies = 1.0 / config.rope_theta ** exponents                             # (hd/2,)
-        angles = torch.outer(torch.arange(config.block_size).float(), frequencies)                # (block_size, hd/2)
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (hd/2,)
+        frequencies = 1.0 / config.rope_theta ** exponents                         # (hd/2,)
+        angles = torch.outer(torch.arange(config.block_size).float(), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        # Every matrix starts with standard deviation 1 / sqrt(width), so that activations keep their scale at any width.
-        # GPT-2's fixed .02 is about that at width 2,000; at width 64 it is six times too small and hardly trains.
+        # Every matrix starts with standard deviation 1 / sqrt(width), so that activations keep
+        # their scale at any width. GPT-2's fixed .02 is about that at width 2,000; at width 64 it
+        # is six times too small and hardly trains.
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.n_embd ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------
 
-    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past=None, filled=None):
+    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past=None,
+                      filled=None):
         """The residual stream after the last norm, (B, T, C), and each layer's (keys, values).
 
-        input_ids (B, T). attention_mask (B, S) is True on real tokens, over the S columns of past and input together;
-        None: all are real. position_ids (B, T) counts real tokens from 0; None: derived from the mask, which is right
-        for padding on either side. past, filled: see CausalSelfAttention.forward.
+        input_ids (B, T). attention_mask (B, S) is True on real tokens, over the S columns of past
+        and input together; None: all are real. position_ids (B, T) counts real tokens from 0; None:
+        derived from the mask, which is right for padding on either side. past, filled: see
+        CausalSelfAttention.forward.
         """
         B, T = input_ids.shape
         S = T + (0 if past is None else past[0][0].shape[2] if filled is None else filled)
         if attention_mask is None:
             attention_mask = torch.ones(1, S, dtype=torch.bool, device=input_ids.device)
         if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S - T:]      # (B or 1, T)
-        # A query sees the real tokens up to itself. It always sees itself, even on padding: a row of the softmax with
-        # nothing to look at would be 0/0, and the nan would spread through the gradient.
-        key = torch.arange(S, device=input_ids.device)                                 # (S,)
-        query = key[S - T:, None]                                                      # (T, 1)
-        causal, itself = key <= query, key == query                                    # (T, S)
-        mask = causal & attention_mask.bool()[:, None, None, :] | itself                # (B or 1, 1, T, S)
-        real = None
-        if self.skip_padding and T > 1 and attention_mask[:, S - T:].float().mean() < 0.9:   # else moving costs more
-            real = attention_mask[:, S - T:].flatten().nonzero().squeeze(-1)            # (N,)
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S - T:]   # (B or 1, T)
+        # A query sees the real tokens up to itself. It always sees itself, even on padding: a row
+        # of the softmax with nothing to look at would be 0/0, and the nan would spread.
+        key = torch.arange(S, device=input_ids.device)                          # (S,)
+        query = key[S - T:, None]                                               # (T, 1)
+        causal, itself = key <= query, key == query                             # (T, S)
+        mask = causal & attention_mask.bool()[:, None, None, :] | itself        # (B or 1, 1, T, S)
+        is_real, real = attention_mask[:, S - T:], None                         # (B or 1, T)
+        if self.skip_padding and T > 1 and input_ids.device.type == "cpu":
+            if is_real.float().mean() < 0.9:                                    # else it costs more
+                real = is_real.flatten().nonzero().squeeze(-1)                  # (N,)
         padding = Padding(B, T, real)
-        position_ids = padding.take(position_ids.expand(B, T))                          # (N,)
-        cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]     # (N, 1, hd/2)
-        x = self.embed_tokens(padding.take(input_ids))                                  # (N, C)
+        position_ids = padding.take(position_ids.expand(B, T))                  # (N,)
+        cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]   # (N, 1, hd/2)
+        x = self.embed_tokens(padding.take(input_ids))                          # (N, C)
         kvs = []
         for i, layer in enumerate(self.layers):
             x, kv = layer(x, padding, cos, sin, mask, None if past is None else past[i], filled)
             kvs.append(kv)
-        return padding.spread(self.norm(x)), kvs                                        # (B, T, C)
+        return padding.spread(self.norm(x)), kvs                                # (B, T, C)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, positions=slice(None)):
-        """Logits (B, T', V), float32; of a float64 model float64. `positions` picks the T' columns
+        """Logits (B, T', V), float32 (of a float64 model float64). `positions` picks the T' columns
         that are wanted, and only those pay for the head."""
         x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
         return at_least_float32(self.lm_head(x[:, positions]))
 
-    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_index=None, read_last=False):
-        """Logits (B, T, V), float32: [b, t] is the distribution from which token t of completion b was to be drawn.
+    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask,
+                          prompt_index=None, read_last=False):
+        """Logits (B, T, V): [b, t] is the distribution from which token t of completion b was to be
+        drawn. What the result holds where completion_mask is False means nothing.
 
-        prompt_ids, prompt_mask (P, Tp), padded on the left; completion_ids, completion_mask (B, T), padded on the right.
-        prompt_index (B,) names the prompt that each completion answers; None: completion b answers prompt b. What the
-        result holds where completion_mask is False means nothing.
+        prompt_ids, prompt_mask (P, Tp), padded on the left; completion_ids, completion_mask (B, T),
+        padded on the right. prompt_index (B,) names the prompt that each completion answers; None:
+        completion b answers prompt b. Raises InputError where the two exceed block_size.
 
-        The shift by one lives here and nowhere else. Token 0 is predicted at the prompt's last column, token t at the
-        completion's column t - 1; the last completion token predicts nothing and is not read (with read_last it is, and
-        the result has T + 1 columns, the last of them seen after the whole completion: what critics and reward models use):
+        The shift by one lives here and nowhere else. Token 0 is predicted at the prompt's last
+        column, token t at the completion's column t - 1. The last completion token predicts nothing
+        and is not read. (With read_last it is, and the result has T + 1 columns, the last of them
+        seen after the whole completion: what critics and reward models use.)
+
             columns read      <end> 7 + 5 =  |  1  2
-            completion                          1  2  <end>       row t of the result predicts token t
+            completion                          1  2  <end>       row t predicts token t
             predicted from                 '='  1  2
         """
-        Tp, T = prompt_ids.shape[1], completion_ids.shape[1]
+        Tp, T, block_size = prompt_ids.shape[1], completion_ids.shape[1], self.config.block_size
         read = T if read_last else T - 1              # completion tokens that are read
         if prompt_index is None:
             prompt_index = torch.arange(len(completion_ids), device=completion_ids.device)
-        if Tp + T > self.config.block_size:   # the grid is too wide; what counts is the longest row in it
-            if (prompt_mask.sum(-1)[prompt_index] + completion_mask.sum(-1)).max() > self.config.block_size:
-                raise InputError(f"a prompt and its completion are longer than block_size {self.config.block_size}")
-        if len(prompt_ids) == len(completion_ids):   # one completion a prompt: read the two side by side
+        if Tp + T > block_size:   # the grid is too wide; what counts is the longest row in it
+            lengths = prompt_mask.sum(-1)[prompt_index] + completion_mask.sum(-1)   # (B,)
+            if lengths.max() > block_size:
+                raise InputError("a prompt and its completion are longer than block_size "
+                                 f"{block_size}")
+        if len(prompt_ids) == len(completion_ids):   # one completion a prompt: side by side
             prompt_ids, prompt_mask = prompt_ids[prompt_index], prompt_mask[prompt_index]
             input_ids = torch.cat([prompt_ids, completion_ids[:, :read]], dim=1)
             attention_mask = torch.cat([prompt_mask, completion_mask[:, :read]], dim=1)
             return self(input_ids, attention_mask, positions=slice(Tp - 1, None))
-        # Several completions a prompt: read each prompt once and let its completions look back at its keys and values.
+        # Several completions a prompt: read each prompt once, and let its completions look back at
+        # its keys and values.
         prompt_hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
-        hidden = prompt_hidden[prompt_index, -1:]                                       # (B, 1, C)
+        hidden = prompt_hidden[prompt_index, -1:]                               # (B, 1, C)
         if read > 0:
-            past = [tuple(t.index_select(0, prompt_index) for t in kv) for kv in prompt_kvs]   # (B, nkv, Tp, hd) each
-            attention_mask = torch.cat([prompt_mask[prompt_index], completion_mask[:, :read]], dim=1)
-            completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask, past=past)
-            hidden = torch.cat([hidden, completion_hidden], dim=1)                      # (B, T, C)
+            past = [tuple(t.index_select(0, prompt_index) for t in kv)          # (B, nkv, Tp, hd)
+                    for kv in prompt_kvs]
+            prompt_mask = prompt_mask[prompt_index]                             # (B, Tp)
+            attention_mask = torch.cat([prompt_mask, completion_mask[:, :read]], dim=1)
+            completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask,
+                                                      past=past)
+            hidden = torch.cat([hidden, completion_hidden], dim=1)              # (B, T, C)
         return at_least_float32(self.lm_head(hidden))
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # -- writing ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, num_generations=1, temperature=1.0,
-                 top_k=0, top_p=1.0, generator=None):
-        """Sample num_generations completions of every prompt; returns Samples with B = P * num_generations rows.
+    def generate(self, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, num_generations=1,
+                 temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Sample num_generations completions of every prompt; returns Samples with
+        B = P * num_generations rows.
 
-        prompt_ids, prompt_mask (P, Tp), padded on the left. temperature 0 takes the likeliest token; top_k 0 and top_p 1
-        leave the distribution whole. A completion ends with eos_id, which it keeps, or after max_new_tokens (truncated).
-        Raises InputError when prompt and completion together may exceed block_size.
+        prompt_ids, prompt_mask (P, Tp), padded on the left. temperature 0 takes the likeliest
+        token; top_k 0 and top_p 1 leave the distribution whole. A completion ends with eos_id,
+        which it keeps, or after max_new_tokens (truncated). Raises InputError when prompt and
+        completion together may exceed block_size.
         """
         P, Tp = prompt_ids.shape
         B, device = P * num_generations, prompt_ids.device
         if Tp + max_new_tokens > self.config.block_size:
-            raise InputError(f"a prompt of {Tp} tokens and max_new_tokens {max_new_tokens} do not fit "
-                             f"block_size {self.config.block_size}: shorten the prompt or raise --block_size")
+            raise InputError(
+                f"a prompt of {Tp} tokens and max_new_tokens {max_new_tokens} do not fit "
+                f"block_size {self.config.block_size}: shorten the prompt or raise --block_size")
         completion_ids = torch.full((B, max_new_tokens), pad_id, device=device)
         length = torch.full((B,), max_new_tokens, device=device)
         truncated = torch.ones(B, dtype=torch.bool, device=device)
 
-        # Read every prompt once, then lay its keys and values out for each of its samples, with room for what follows.
+        # Read every prompt once. Then lay its keys and values out for each of its samples, with
+        # room for what follows.
         hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
-        kv = torch.stack([torch.stack(pair) for pair in prompt_kvs]).repeat_interleave(num_generations, dim=2)
-        cache = kv.new_empty(*kv.shape[:4], Tp + max_new_tokens, kv.shape[5])   # (L, 2, B, nkv, Tp + max_new, hd)
-        cache[:, :, :, :, :Tp] = kv
-        attention_mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(num_generations, 0)
-        next_position = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_generations, 0)  # (B, 1)
-        logits = at_least_float32(self.lm_head(hidden[:, -1]))                         # (P, V)
-        logits = logits.repeat_interleave(num_generations, 0)                          # (B, V)
-
+        kv = torch.stack([torch.stack(pair) for pair in prompt_kvs])            # (L, 2, P, ...)
+        kv = kv.repeat_interleave(num_generations, dim=2)                       # (L, 2, B, ...)
+        cache = kv.new_empty(*kv.shape[:4], Tp + max_new_tokens, kv.shape[5])
+        cache[:, :, :, :, :Tp] = kv                     # (L, 2, B, nkv, Tp + max_new_tokens, hd)
+        attention_mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True)
+        attention_mask = attention_mask.repeat_interleave(num_generations, 0)
+        next_position = prompt_mask.sum(-1, keepdim=True)                       # (P, 1)
+        next_position = next_position.repeat_interleave(num_generations, 0)     # (B, 1)
+        logits = at_least_float32(self.lm_head(hidden[:, -1]))                  # (P, V)
+        logits = logits.repeat_interleave(num_generations, 0)                   # (B, V)
         logprobs = logits.new_zeros(B, max_new_tokens)
-        rows = torch.arange(B, device=device)          # which completion each running row writes
+
+        # One token at a time, for the b rows that are still being written.
+        rows = torch.arange(B, device=device)           # which completion each of them is
         running = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
-            token, logprob = sample(logits, temperature, top_k, top_p, generator)                # (b,), (b,)
+            token, logprob = sample(logits, temperature, top_k, top_p, generator)   # (b,), (b,)
             completion_ids[rows[running], t] = token[running]
             logprobs[rows[running], t] = logprob[running]
             ended = running & (token == eos_id)
@@ -318,27 +347,30 @@ class GPT(nn.Module):
             still = int(running.sum())
             if still == 0 or t + 1 == max_new_tokens:
                 break
-            if still <= 0.8 * len(rows):   # rows that have finished leave; not one by one, because moving the rest is work
+            if still <= 0.8 * len(rows):   # finished rows leave; some at a time, for moving is work
                 rows, token, next_position = rows[running], token[running], next_position[running]
                 attention_mask, cache = attention_mask[running], cache[:, :, running]
                 running = running[running]
-            hidden, _ = self.hidden_states(token[:, None], attention_mask[:, :Tp + t + 1], next_position, cache, Tp + t)
-            logits = at_least_float32(self.lm_head(hidden[:, -1]))
+            hidden, _ = self.hidden_states(token[:, None], attention_mask[:, :Tp + t + 1],
+                                           next_position, cache, Tp + t)
+            logits = at_least_float32(self.lm_head(hidden[:, -1]))              # (b, V)
             next_position = next_position + 1
         T = int(length.max())
         completion_mask = torch.arange(T, device=device) < length[:, None]
         return Samples(completion_ids[:, :T], completion_mask, truncated, logprobs[:, :T])
 
     def with_scalar_head(self):
-        """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward model."""
+        """A copy with a head of one number a position, at first 0 everywhere: a critic or a reward
+        model."""
         if self.config.scalar_head:
             return copy.deepcopy(self).requires_grad_(True)
         model = GPT(replace(self.config, scalar_head=True)).to(self.device, self.dtype)
-        model.load_state_dict({**self.state_dict(), "lm_head.weight": torch.zeros(1, self.config.n_embd)})
+        head = torch.zeros(1, self.config.n_embd)
+        model.load_state_dict({**self.state_dict(), "lm_head.weight": head})
         model.skip_padding = self.skip_padding
         return model
 
-    # -- accounting -------------------------------------------------------------------------------------------------
+    # -- accounting -------------------------------------------------------------------------------
 
     @property
     def device(self):
@@ -352,41 +384,51 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())   # a tied matrix counts once
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on one token of a sequence of T: 6 N + 12 n_layer nh hd T, forward and
-        backward (PaLM, 2204.02311, appendix B). The embedding look-up is free, so an untied one is left out of N."""
-        N = self.num_parameters() - (0 if self.config.tie_embeddings else self.embed_tokens.weight.numel())
-        return 6 * N + 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * T
+        """Floating-point operations to train on one token of a sequence of T: 6 N + 12 n_layer nh
+        hd T, forward and backward (PaLM, 2204.02311, appendix B). The embedding look-up is free, so
+        an untied one is left out of N."""
+        config, N = self.config, self.num_parameters()
+        if not config.tie_embeddings:
+            N -= self.embed_tokens.weight.numel()
+        return 6 * N + 12 * config.n_layer * config.n_head * config.head_dim * T
 
-    def configure_optimizer(self, learning_rate, weight_decay, betas=(0.9, 0.95), eps=1e-8, others=()):
-        """AdamW for this network, and others beside it, that decays matrices and leaves norms and biases alone."""
+    def configure_optimizer(self, config, *others):
+        """AdamW for this network, and others beside it, that decays matrices and leaves norms and
+        biases alone. config: learning_rate, weight_decay, adam_beta2."""
         parameters = [p for network in (self, *others) for p in network.parameters()]
-        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        groups = [{"params": [p for p in parameters if p.dim() >= 2],
+                   "weight_decay": config.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2),
+                                 eps=1e-8, fused=True)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One draw from each row of logits (B, V): tokens (B,) and their log-probabilities (B,) under what was drawn from.
+    """One draw from each row of logits (B, V): tokens (B,) and their log-probabilities (B,) under
+    what was drawn from.
 
-    Worked example: logits log [.5, .3, .2], top_k 2 leaves [.625, .375, 0]; token 1 comes with log .375, not log .3.
+    Worked example: logits log [.5, .3, .2], top_k 2 leaves [.625, .375, 0]; token 1 comes with
+    log .375, not log .3.
     """
-    if temperature == 0:
+    if temperature == 0:   # a certain choice has probability 1
         token = logits.argmax(-1)
-        return token, torch.zeros_like(logits[:, 0])     # a certain choice has probability 1
+        return token, torch.zeros_like(logits[:, 0])
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     if 0 < top_k < logits.shape[-1]:
         kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
         logprobs = torch.log_softmax(logprobs.masked_fill(logprobs < kth, -math.inf), dim=-1)
     if top_p < 1:
         ordered, order = logprobs.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()             # mass of the likelier tokens
-        drop = (before >= top_p).scatter(-1, order, before >= top_p)  # the smallest set whose mass reaches top_p stays
+        before = ordered.exp().cumsum(-1) - ordered.exp()   # mass of the likelier tokens
+        # The smallest set whose mass reaches top_p stays, and at least one token.
+        drop = (before >= top_p).scatter(-1, order, before >= top_p)
         drop.scatter_(-1, order[:, :1], False)
         logprobs = torch.log_softmax(logprobs.masked_fill(drop, -math.inf), dim=-1)
-    # Inverse transform: the first token whose cumulative probability exceeds a uniform draw. It is the distribution of
-    # torch.multinomial at a twentieth of the cost on a CPU, where that call would take longer than the model.
-    cumulative = logprobs.exp().cumsum(-1)                            # (B, V)
-    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * (1 - 2 ** -23)  # never rounds up to 1
-    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)                  # (B, 1)
-    token = token.clamp(max=logits.shape[-1] - 1)                     # only logits of nan get here; the loss will show it
+    # Inverse transform: the first token whose cumulative probability exceeds a uniform draw. It is
+    # the distribution of torch.multinomial at a twentieth of the cost on a CPU.
+    cumulative = logprobs.exp().cumsum(-1)                                      # (B, V)
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device)   # (B, 1)
+    u = u * (1 - 2 ** -23)                                  # so that it never rounds up to 1
+    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # (B, 1)
+    token = token.clamp(max=logits.shape[-1] - 1)           # only logits of nan get here
     return token.squeeze(-1), logprobs.gather(-1, token).squeeze(-1)

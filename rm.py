@@ -1,150 +1,154 @@
-"""
-The reward model of RLHF: a transformer with one number for a head, trained to tell the better of two answers.
+"""RM: the reward model of RLHF. A transformer with one number for a head, trained to tell the
+better of two answers.
 
-    Who sampled the text?        the start model; somebody, here the task's own verifier, said which of two was better
+    Who sampled the text?        the start model; the task's verifier says which of two is better
     What weight has each token?  none: an answer is judged as a whole, at its last real token
-    What anchors the policy?     there is no policy yet; PPO, GRPO and online DPO bring theirs
+    What anchors the policy?     there is no policy yet; PPO, GRPO and online DPO bring their own
 
-    L(phi) = - mean over pairs of log sigma( r(chosen) - r(rejected) )        Bradley-Terry (2203.02155, eq. 1)
+    L(phi) = - mean over pairs of log sigma( r(chosen) - r(rejected) )      2203.02155, eq. 1
 
-Only differences are ever trained, so the zero of r means nothing; center_rewards_coefficient pulls it to 0. A policy that
-is trained against r finds the answers that r overrates: while it does, `true_reward` is logged beside `reward`, and where the
-two part, the policy has begun to learn the reward model's mistakes (2210.10760).
+This is the Bradley-Terry model: the better of two answers wins with probability sigma of the
+difference of their rewards.
 
-(Self-rewarding, 2401.10020, in which the model judges its own answers, needs a model that can judge. It would plug in
-where `scorer` is handed to the task: any function
-reward(prompts, completions, /, **columns) -> list[float] will do.)
+Only differences are trained, so the zero of r means nothing; center_rewards_coefficient pulls it to
+0. A policy that is trained against r finds the answers that r overrates. So `true_reward` is logged
+beside `reward`: where the two part, the policy is learning the reward model's mistakes
+(2210.10760).
 """
 
+import copy
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import data
-from model import InputError, check
+from harness.errors import InputError
+from harness.flags import Sampling, flag
+from tasks import Rewards
 
 
 @dataclass
-class RMConfig:
-    center_rewards_coefficient: Annotated[float, "pulls r(chosen) + r(rejected) to 0 (0 to 0.1)"] = 0.01
-    num_generations: Annotated[int, "answers per prompt to draw the pair from (2 to 64)"] = 8
-    num_prompts: Annotated[int, "size of the finite set of prompts that are judged (200 to 100000)"] = 4000
-    temperature: Annotated[float, "of sampling (0.7 to 1.2)"] = 1.0
-    reward: Annotated[str, "who judges: reward functions, comma-separated: verifier, format, brevity"] = "verifier"
-    reward_weights: Annotated[str, "their weights, comma-separated; empty: 1 each"] = ""
+class RMConfig(Sampling):
+    """rm: tell the better of two answers"""
+    center_rewards_coefficient: float = flag(0.01, "pulls r(chosen) + r(rejected) to 0 (0 to 0.1)",
+                                             at_least=0)
+    num_generations: int = 8
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    eval_steps: int = 20
 
     def __post_init__(self):
+        super().__post_init__()
         if "model" in self.reward.split(","):
             raise InputError("--reward model: a reward model cannot be its own judge")
         if self.num_generations < 2:
-            raise InputError(f"--num_generations {self.num_generations}: a pair needs at least 2 answers")
-        check(self, at_least_1="num_prompts", at_least_0="center_rewards_coefficient", above_0="temperature")
+            raise InputError(f"--num_generations {self.num_generations}: a pair needs at least 2 "
+                             "answers")
+        if self.seed not in (0, self.base_seed):
+            raise InputError(f"--seed {self.seed}: the seed of a reward model is --base_seed")
+        self.seed = self.base_seed   # it is shared by runs of any seed
+
+    def columns(self):
+        """What a line of --data must have: preferences, or what the verifier needs to make some."""
+        return [("prompt", "chosen", "rejected"), *super().columns()]
 
 
-# -- pure functions ---------------------------------------------------------------------------------------------------
+# -- pure functions -------------------------------------------------------------------------------
 
 
 def reward_loss(chosen_rewards, rejected_rewards, center_rewards_coefficient=0.0):
-    """The loss of each pair. (N,), (N,) -> (N,). Worked example: rewards 1 and 0 give -log sigma(1) = .313; equal ones log 2."""
+    """The loss of each pair. (N,), (N,) -> (N,). Worked example: rewards 1 and 0 give -log sigma(1)
+    = .313; equal ones log 2."""
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
 
 
 def answer_rewards(model, batch):
-    """r of each answer (B,): the scalar head after the last real token, <end>; what padding holds is never looked at."""
-    rewards = model.completion_logits(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"],
-                                      batch["completion_mask"], batch["prompt_index"], read_last=True).squeeze(-1)   # (B, T + 1)
-    lengths = batch["completion_mask"].sum(-1, keepdim=True)                                   # (B, 1)
+    """r of each answer (B,): the scalar head after the last real token, <end>. Padding is never
+    looked at."""
+    rewards = model.completion_logits(*data.inputs(batch), read_last=True).squeeze(-1)  # (B, T + 1)
+    lengths = batch["completion_mask"].sum(-1, keepdim=True)                    # (B, 1)
     return rewards.gather(1, lengths).squeeze(1)
 
 
-def scorer(model, tokenizer):
-    """A reward model as a reward function like any other:
-    reward(prompts, completions, /, **columns) -> list[float].
+class Judge:
+    """A reward model as a reward function like any other: judge(prompts, completions, /, **columns)
+    -> list of floats. It reads texts, each with an <end>, also where the policy ran out of
+    tokens."""
 
-    It reads texts, each with an <end>, also where the policy ran out of tokens before it wrote one.
-    """
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
     @torch.no_grad()
-    def reward(prompts, completions, /, **columns):
+    def __call__(self, prompts, completions, /, **columns):
         examples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions)]
-        batch = data.collate(examples, tokenizer, model.device)
-        room = model.config.block_size - batch["prompt_mask"].sum(-1, keepdim=True)            # (B, 1)
-        # What does not fit is not read: broken UTF-8 takes three bytes where the policy wrote one.
-        batch["completion_mask"] &= torch.arange(batch["completion_mask"].shape[1], device=model.device) < room
-        return answer_rewards(model, batch).tolist()
-    return reward
+        batch = data.collate(examples, self.tokenizer, self.model.device)
+        lengths = batch["prompt_mask"].sum(-1, keepdim=True)                    # (B, 1)
+        room = self.model.config.block_size - lengths
+        # What does not fit is not read: broken UTF-8 takes three bytes for one that was written.
+        position = torch.arange(batch["completion_mask"].shape[1], device=self.model.device)
+        batch["completion_mask"] &= position < room
+        return answer_rewards(self.model, batch).tolist()
 
 
-# -- the class that the loop drives -----------------------------------------------------------------------------------
+# -- the class that the loop drives ---------------------------------------------------------------
 
 
-class RM:
+class RM(nn.Module):
     Config = RMConfig
-    micro_batch_size = 0         # set by the loop: rows per forward pass, 0: all
-    rows_together = 2            # chosen and rejected follow each other
-    defaults = dict(learning_rate=1e-3, max_steps=100, batch_size=64, lr_scheduler_type="linear", warmup_steps=10,
-                    weight_decay=0.01, logging_steps=10, eval_steps=20, save_steps=50)
-    legend = "The loss starts at log 2 = .693: a coin. accuracy: share of pairs in which the chosen answer gets the higher reward."
+    rows_together = 2   # chosen and rejected follow each other
+    legend = ("The loss starts at log 2 = .693: a coin. accuracy: share of pairs in which the "
+              "chosen answer gets the higher reward.")
 
-    def __init__(self, config, model, ref_model, tokenizer, task):
-        self.config, self.sampler, self.tokenizer, self.task = config, ref_model, tokenizer, task
+    def __init__(self, config, model, tokenizer, task):
+        super().__init__()
+        self.config, self.tokenizer, self.task = config, tokenizer, task
         self.model = model.with_scalar_head()
-        self.networks, self.frozen = {"model": self.model}, {"sampler": ref_model}    # trained; kept as they are
-        self.from_file = isinstance(task, data.JsonLines) and "chosen" in task.train[0]
-        self.held_out_pairs = None   # made by the first evaluation
-        self.rewards = None if self.from_file else data.Rewards(task, config.reward, config.reward_weights)
+        self.from_file = task.holds("chosen", "rejected")
+        if not self.from_file:
+            self.sampler = copy.deepcopy(model).requires_grad_(False)
+            self.rewards = Rewards(task, config.reward, config.reward_weights)
+        self.optimizer = self.model.configure_optimizer(config)
 
-    @staticmethod
-    def columns(config):
-        """What a line of --data must have: preferences, or what the verifier needs to make some."""
-        return [("prompt", "chosen", "rejected"), ("prompt", "answer")]
+    def examples(self):
+        """What batches are drawn from: problems, or the file's preferences."""
+        return self.task.problems("train", self.config.num_prompts, self.config.seed)
 
-    def examples(self, seed):
-        """What the loop draws batches from: problems, or the file's preferences."""
-        return data.problems(self.task, "train", self.config.num_prompts, seed)
-
-    def collect(self, examples, generator, step=0):
-        """Pairs to train on, in rows chosen, rejected, chosen, rejected, ..., or None if there is no contrast."""
+    def sample(self, examples, generator, step, log):
+        """Who sampled the text? The start model (or a file)."""
         if self.from_file:
-            return data.preference_pairs(examples, self.tokenizer, self.model.device)
-        batch, metrics = data.rollout(self.sampler, self.tokenizer, self.task, self.rewards, examples,
-                                      self.config.num_generations, self.config.temperature, generator)
-        uniforms = torch.rand(len(examples), self.config.num_generations, generator=generator, device=self.model.device)
-        rows, skipped = data.choose_pairs(batch["rewards"].view(len(examples), -1), uniforms)
-        metrics["skipped_pairs"] = (skipped, len(examples))
-        return data.take_rows(batch, rows) if len(rows) else None, metrics
+            return data.collate_pairs(examples, self.tokenizer, log, self.model.device)
+        batch = data.rollout(self.sampler, self, examples, generator, log)
+        uniforms = torch.rand(len(examples), self.config.num_generations, generator=generator,
+                              device=self.model.device)
+        return {**batch, "uniforms": uniforms.flatten()}                        # (B,)
 
-    def minibatches(self, batch):
-        """The updates to make on a batch: just one, a mean over its pairs."""
-        if batch is None:
-            return [None]
-        n = len(batch["completion_ids"])
-        weights = torch.full((n,), 2 / n, device=self.model.device, dtype=self.model.dtype)
-        return [{**batch, "weights": weights}]
+    def minibatches(self, batch, log):
+        """What is each token worth? Nothing alone: rows chosen, rejected, chosen, ... are
+        judged as wholes. One update a batch, a mean over its pairs; none where there is no pair."""
+        if not self.from_file:
+            rewards, uniforms = (batch[name].view(-1, self.config.num_generations)
+                                 for name in ("rewards", "uniforms"))           # (P, G)
+            rows = data.choose_pairs(rewards, uniforms)
+            log.share("skipped_pairs", len(rewards) - len(rows) / 2, len(rewards))
+            batch = data.take_rows(batch, rows)
+        n = len(batch["prompt_index"])
+        like = dict(device=self.model.device, dtype=self.model.dtype)
+        return [{**batch, "weights": torch.full((n,), 2 / n, **like)}] if n else []
 
-    def loss(self, batch):
-        """The summed loss of the batch's pairs, and {name: (sum, count)} for the log."""
-        rewards = answer_rewards(self.model, batch)                                            # (B,)
-        losses = reward_loss(rewards[0::2], rewards[1::2], self.config.center_rewards_coefficient)
-        margins = (rewards[0::2] - rewards[1::2]).detach()                                     # (B / 2,)
-        metrics = {"accuracy": ((margins > 0).sum(), len(margins)), "margin": (margins.sum(), len(margins)),
-                   "mean_reward": (rewards.detach().sum(), len(rewards))}
-        return (losses * batch["weights"][0::2]).sum(), metrics
+    def loss(self, batch, log):
+        """The loss at the head of this file, summed over the pairs at hand."""
+        rewards = answer_rewards(self.model, batch)                             # (B,)
+        chosen, rejected = rewards[0::2], rewards[1::2]                         # (B / 2,)
+        losses = reward_loss(chosen, rejected, self.config.center_rewards_coefficient)
+        log.mean("accuracy", chosen > rejected)
+        log.mean("margin", chosen - rejected)
+        log.mean("mean_reward", rewards)
+        return (losses * batch["weights"][0::2]).sum()
 
-    @torch.no_grad()
-    def evaluate(self, args):
-        """Judge the reward model on held-out prompts -> {"eval/pair_accuracy", "eval/pairs"}; the same pairs every time."""
-        with data.autocast(args):
-            if self.held_out_pairs is None:   # the sampler never changes: neither would they
-                problems = data.problems(self.task, "test", args.eval_problems, args.seed)
-                generator = torch.Generator(args.device).manual_seed(1)
-                size = max(1024 // self.config.num_generations, 1)   # sampled at a time
-                parts = [self.collect(problems[i:i + size], generator)[0]
-                         for i in range(0, len(problems), size)]
-                self.held_out_pairs = [part for part in parts if part is not None]
-            if not self.held_out_pairs:
-                return {}
-            rewards = torch.cat([answer_rewards(self.model, part) for part in self.held_out_pairs])
-        return {"eval/pair_accuracy": (rewards[0::2] > rewards[1::2]).float().mean().item(), "eval/pairs": len(rewards) // 2}
+
+if __name__ == "__main__":   # python rm.py is python train.py --algo rm
+    import train
+    train.start("rm")

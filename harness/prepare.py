@@ -1,0 +1,240 @@
+"""
+Before the loop: check everything that flags and files can tell, find the folder, the task and the
+weights, and say what has to be trained first (a base model, a reward model).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+
+import torch
+
+import data
+import rm
+import tasks
+from harness import checkpoint
+from harness.errors import InputError
+from harness.flags import Sampling, declarations
+from model import GPT, GPTConfig
+
+# Models that several runs start from. They are trained on demand, each in a folder of its own.
+SHARED = {"pretrain": "Base model", "rm": "Reward model"}
+MACHINE = ("device", "dtype", "compile", "micro_batch_size")   # where, not what
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def task_name(config):
+    return tasks.file_name(config.data) if config.data else config.task
+
+
+def identity(config):
+    """The settings that decide what a run computes."""
+    names = [name for name, (_, _, metadata) in declarations(type(config)).items()
+             if not metadata["watching"] and name not in MACHINE]
+    return {name: getattr(config, name) for name in names} | config.shape
+
+
+def default_folder(config):
+    """out/<task>-<algo>-<seed>. A base or reward model whose settings are not the default ones gets
+    a suffix, so that several can stand side by side."""
+    folder = f"out/{task_name(config)}-{config.algo}-{config.seed}"
+    if config.algo not in SHARED:
+        return folder
+    default = type(config)(task=config.task, base_seed=config.base_seed)
+    mine, usual = identity(config), identity(default)
+    if mine == usual:
+        return folder
+    return f"{folder}-{hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def is_finished(config):
+    """Whether the run in the folder made its last step. --max_minutes may have ended it earlier."""
+    path = os.path.join(config.out_dir, "summary.json")
+    return os.path.exists(path) and checkpoint.read_json(path)["steps"] >= config.max_steps
+
+
+def keep_earlier_run(folder):
+    """A run never overwrites another: what is in its folder moves to a free name beside it."""
+    if os.path.exists(os.path.join(folder, "config.json")):
+        n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
+        os.rename(folder, f"{folder}.{n}")
+        print(f"{folder} held an earlier run, which is now {folder}.{n} "
+              "(--resume would have gone on with it)")
+
+
+def check_folder(folder):
+    """Raise InputError where a run could not write into a folder, which need not exist yet."""
+    there = folder
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        tempfile.TemporaryFile(dir=there or ".").close()
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another "
+                         "--out_dir") from None
+
+
+# -- what a run starts from -----------------------------------------------------------------------
+
+
+def shared_config(config, algo, algorithms):
+    """The Config of the base model (or the reward model) that this run needs."""
+    names = ["task", "tokenizer", "base_seed", "min_terms", "max_terms", "device", "dtype",
+             "eval_problems"]
+    if algo == "rm":
+        names += ["init_from", "data", "eval_data", "max_new_tokens"]
+    shared = algorithms[algo].Config(**{name: getattr(config, name) for name in names},
+                                     algo=algo, shape=config.shape)
+    shared.out_dir = default_folder(shared)
+    return shared
+
+
+def needs_reward_model(config):
+    return isinstance(config, Sampling) and "model" in config.reward.split(",")
+
+
+def check(config, algorithms):
+    """Check all that flags and files can tell, before anything is trained; settle the folder.
+
+    Returns the Configs of the models that have to be trained first. Raises InputError.
+    """
+    config.out_dir = os.path.normpath(config.out_dir or default_folder(config))
+    if config.inspect and config.algo in SHARED:
+        raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
+    check_folder(config.out_dir)
+    tokenizer, first = data.Tokenizer(config.tokenizer), []
+    path = os.path.join(config.out_dir, "ckpt.pt")
+    # A base model or a reward model that was interrupted always goes on.
+    config.resume = config.resume or config.algo in SHARED and os.path.exists(path)
+    if config.resume:
+        saved = checkpoint.read(path)
+        for name in ("init_from", "reward_model"):
+            kept = saved.get("settings", {}).get(name)
+            setattr(config, name, getattr(config, name) or kept)
+        shape = checkpoint.build_model(saved).config   # refuses weights that are none
+        checkpoint.check_same_settings(config, saved, path)
+    elif config.init_from:
+        shape = start_model(config).config
+    else:
+        shape = GPTConfig(**{"vocab_size": tokenizer.vocab_size, **config.shape})
+        if config.algo != "pretrain":
+            first.append(shared_config(config, "pretrain", algorithms))
+    if needs_reward_model(config) and config.reward_model:
+        reward_model(config, config.reward_model, tokenizer)
+    elif needs_reward_model(config) and not config.resume:
+        first.append(shared_config(config, "rm", algorithms))
+        check(first[-1], algorithms)
+    # What is wrong with the other settings shows when the algorithm is set up, which costs
+    # nothing with a model as small as can be.
+    task = make_task(config, shape.block_size)
+    small = GPT(GPTConfig(shape.vocab_size, shape.block_size, n_layer=1, n_head=1, n_embd=2))
+    algorithms[config.algo](config, small, tokenizer, task)
+    return first
+
+
+def start_model(config):
+    """The model of --init_from. Raises InputError where a run cannot start from it."""
+    start, found = config.init_from, checkpoint.read(config.init_from)
+    model = checkpoint.build_model(found, config.device)
+    if model.config.scalar_head:
+        raise InputError(f"{start} is a reward model, which cannot write; give it as "
+                         "--reward_model")
+    asked = GPTConfig(**{"vocab_size": model.config.vocab_size, **config.shape})
+    for name, value in config.shape.items():
+        if getattr(model.config, name) != getattr(asked, name):
+            raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: "
+                             "leave the flag out")
+    if found.get("tokenizer", config.tokenizer) != config.tokenizer:
+        raise InputError(f"{start} was trained with --tokenizer {found['tokenizer']}")
+    return model
+
+
+def reward_model(config, path, tokenizer):
+    """The learned reward function in a checkpoint. Raises InputError where it is none."""
+    model = checkpoint.build_model(checkpoint.read(path), config.device).requires_grad_(False)
+    if not model.config.scalar_head or model.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(f"{path} is no reward model for this tokenizer: make one with --algo rm")
+    return rm.Judge(model, tokenizer)
+
+
+# -- the task -------------------------------------------------------------------------------------
+
+
+def make_task(config, block_size, judge=None):
+    """The task that the flags name. Raises InputError where a file lacks a column that is needed,
+    or where what is to be read does not fit the context. judge: the learned reward function."""
+    tokenizer, settings = data.Tokenizer(config.tokenizer), (config.max_new_tokens, judge)
+    if config.eval_data and not config.data:
+        raise InputError("--eval_data needs --data")
+    if config.data:
+        task = tasks.JsonLines(config.data, config.eval_data, *settings)
+        check_lines(config, task, tokenizer, block_size)
+        return task
+    if config.task == "countdown":
+        longest = task = tasks.Countdown(*settings)
+    else:
+        task = tasks.Chain(config.min_terms, config.max_terms, *settings)
+        longest = tasks.Chain(config.max_terms, config.max_terms, *settings)
+    shown = config.columns()[0] == ("prompt", "completion")   # the answer is read as well
+    for example in longest.demonstrations(50, seed=0):
+        prompt = 1 + len(tokenizer.encode(example["prompt"]))
+        answer = 1 + len(tokenizer.encode(example["completion"])) if shown else 0
+        answer = max(answer, task.max_new_tokens)
+        if prompt + answer > block_size:
+            raise InputError(f"a prompt of {prompt} tokens and {answer} for its answer do not fit "
+                             f"block_size {block_size}: lower --max_new_tokens or raise "
+                             "--block_size")
+    return task
+
+
+def check_lines(config, task, tokenizer, block_size):
+    """Raise InputError for the first line of a file that cannot be trained on, or judged by."""
+    choices = [("prompt", "answer")] if config.inspect == "all" else config.columns()
+    columns = next((c for c in choices if task.holds(*c)), choices[0])
+    sampled = not {"text", "completion", "chosen"} & set(columns)   # then answers need room
+    room = task.max_new_tokens if sampled else None
+    if columns:   # sample.py reads no training examples
+        task.require(columns, tokenizer, block_size, room)
+    if config.algo != "rm" and task.test:   # as evaluate.py will read them
+        room, columns = task.max_new_tokens, ("prompt",)
+        if not task.verifies:
+            choices = [("prompt", "completion"), ("prompt", "chosen"), ("text",), ()]
+            columns = next(c for c in choices if set(c[-1:]) <= set(task.test[0]))
+            room = None
+        task.require(columns, tokenizer, block_size, room, task.test)
+
+
+# -- the algorithm --------------------------------------------------------------------------------
+
+
+def build(config, algorithms):
+    """The algorithm, ready to train; the checkpoint to resume (None: a new run); and the seconds
+    that pre-training took (0: the start is not a base model of ours)."""
+    tokenizer, saved, pretrain_seconds = data.Tokenizer(config.tokenizer), None, 0.0
+    if config.resume:
+        saved = checkpoint.read(os.path.join(config.out_dir, "ckpt.pt"))
+        shape = GPTConfig(**saved["model_config"])
+        model = GPT(dataclasses.replace(shape, scalar_head=False))   # weights follow in restore()
+    elif config.algo == "pretrain":
+        torch.manual_seed(config.seed)
+        model = GPT(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **config.shape}))
+    elif config.init_from:
+        model = start_model(config)
+    else:
+        base = shared_config(config, "pretrain", algorithms).out_dir
+        model = checkpoint.build_model(checkpoint.read(base))
+        summary = checkpoint.read_json(os.path.join(base, "summary.json"))
+        pretrain_seconds = summary["seconds"]
+    judge = None
+    if needs_reward_model(config):
+        made = config.reward_model or shared_config(config, "rm", algorithms).out_dir
+        judge = reward_model(config, made, tokenizer)
+    task = make_task(config, model.config.block_size, judge)
+    algo = algorithms[config.algo](config, model.to(config.device), tokenizer, task)
+    if config.compile:
+        algo.model.completion_logits = torch.compile(algo.model.completion_logits, dynamic=True)
+    return algo, saved, pretrain_seconds
