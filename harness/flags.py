@@ -79,11 +79,11 @@ def check_bounds(config):
 class Start:
     """what to start from"""
     init_from: str = flag(None, "start from this checkpoint, a folder or a file; none: the task's "
-                                "base model, made first if need be")
+                                "base model, made first if missing")
     base_seed: int = flag(0, "seed of the base model, apart from --seed", at_least=0,
                          below=2**40)
     reward_model: str = flag(None, "of --reward model: folder or file of --algo rm; none: the "
-                                   "task's, made first if need be")
+                                   "task's, made first if missing")
     resume: bool = flag(False, "go on where the run in the output folder stopped", watching=True)
     inspect: Literal["one", "all"] = flag(None, "show a batch token by token, with the weight of "
                                           "each gradient, and stop; all: every algorithm's", True)

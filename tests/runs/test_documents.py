@@ -1,0 +1,142 @@
+"""
+README, SURVEY, RESULTS and CONTRIBUTING cannot drift: every file, function and test that they
+name exists, every command is one that the program takes, every flag is a flag, and every table of
+figures is the one that its results file gives.
+"""
+
+import ast
+import json
+import re
+import shlex
+
+import pytest
+
+import compare
+import sample
+import train
+from conftest import ROOT
+from harness import flags, report
+from model import GPTConfig
+
+DOCUMENTS = {path.name: path.read_text() for path in ROOT.glob("*.md")}
+GUIDE = [line for line in DOCUMENTS["SURVEY.md"].splitlines()
+         if re.search(r"\]\(tests/\w+/test_\w+\.py\) `test_", line)]
+BLOCKS = [(name, block) for name, text in DOCUMENTS.items()
+          for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)]
+COMMANDS = [(name, line.split("   ")[0].replace("pip install -r requirements.txt && ", ""))
+            for name, block in BLOCKS for line in block.splitlines()
+            if re.match(r"(pip install -r requirements.txt && )?python (train|compare|sample)\.py",
+                        line)]
+BASES = "assets/results/base_seeds.json"
+TABLES = re.findall(r"<!-- (assets/\S+\.json) -->\n```\n(.*?)\n```", DOCUMENTS["RESULTS.md"], re.S)
+
+
+def names(path):
+    """Functions, methods and classes defined in a file."""
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def parse(words):
+    return flags.parse(words, train.ALGORITHMS, GPTConfig)
+
+
+def test_the_guide_is_there():
+    """The survey's sections 2, 3.1, 3.2, 4.1, 4.3, 4.4 and 6 each have at least one line."""
+    sections = {line.split("|")[1].split(",")[0].strip() for line in GUIDE}
+    assert {"2", "3.1", "3.2", "4.1", "4.3", "4.4", "6"} <= sections and len(GUIDE) >= 27
+
+
+@pytest.mark.parametrize("line", GUIDE, ids=[line.split("`")[7] for line in GUIDE])
+def test_a_line_of_the_guide(line):
+    """The function is defined in the file that is linked, the test in the test file, and its
+    docstring says what it proves."""
+    file, function, test_file, test = re.findall(r"`([^`]+)`", line)[-4:]
+    [path] = re.findall(r"\]\((tests/\w+/test_\w+\.py)\)", line)
+    assert f"]({file})" in line and path.endswith(test_file)
+    assert function in names(file) and test in names(path)
+    tree = ast.parse((ROOT / path).read_text())
+    [proof] = [node for node in ast.walk(tree)
+               if isinstance(node, ast.FunctionDef) and node.name == test]
+    assert ast.get_docstring(proof)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_links_lead_somewhere(name):
+    """Every relative link and picture is a file of the repository."""
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name])
+             if not link.startswith("http")]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name, command", COMMANDS)
+def test_every_command_is_one(name, command, monkeypatch):
+    """What a document tells people to type is accepted by the program."""
+    _, script, *words = shlex.split(command)
+    if script == "sample.py":
+        monkeypatch.setattr(sample.checkpoint, "read", lambda path: {"settings": {}})
+        sample.parse(words)
+    elif script == "train.py":
+        parse(words)
+    else:
+        first_flag = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
+        common = [w for w in words[first_flag:]]
+        for own in ("--seeds", "--seed", "--out_dir"):
+            if own in common:
+                at = common.index(own)
+                del common[at:at + 2]
+        assert compare.plan(words[:first_flag], common, 0, 1)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_flags_exist(name):
+    """Every --flag that a document mentions is one of some program."""
+    known = {"--seeds", "--help", "--nproc_per_node"}
+    for algo in train.ALGORITHMS:
+        parser = flags.make_parser(algo, train.ALGORITHMS, GPTConfig)
+        known |= set(parser._option_string_actions)
+    known |= {f"--{flag}" for flag in flags.declarations(sample.SampleConfig)}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z_]+", DOCUMENTS[name]))
+    assert mentioned <= known, mentioned - known
+
+
+def test_every_file_is_in_the_reading_order():
+    """The README names each of the project's files."""
+    files = {path.name for path in ROOT.glob("*.py")}
+    assert {f for f in files if f"`{f}`" not in DOCUMENTS["README.md"]} == set()
+
+
+@pytest.mark.parametrize("path, table", TABLES, ids=[path for path, _ in TABLES])
+def test_a_table_is_what_its_results_say(path, table):
+    """A comparison's table is exactly what compare.py prints for the results file."""
+    assert report.comparison(json.loads((ROOT / path).read_text())) == table
+
+
+def test_the_table_of_base_models_is_what_its_results_say():
+    """A row for each run of base_seeds.json."""
+    columns = [("before", "eval/accuracy", ".3f"), ("before", "eval/worked", ".2f"),
+               ("before", "eval/accuracy_when_worked", ".2f"),
+               ("before", "eval/ood_accuracy", ".3f"), ("after", "eval/accuracy", ".3f"),
+               ("after", "eval/worked", ".2f"), ("after", "eval/ood_accuracy", ".3f")]
+    runs = json.loads((ROOT / BASES).read_text())
+    rows = ["| " + " | ".join([str(run["base_seed"]),
+                               *(format(run[when][name], form) for when, name, form in columns)])
+            + " |" for run in runs]
+    assert len(rows) == 5 and "\n".join(rows) in DOCUMENTS["RESULTS.md"]
+
+
+def test_every_results_file_has_its_table():
+    """And no table is without its file."""
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("assets/results/*.json")}
+    assert files == {path for path, _ in TABLES} | {BASES} and len(TABLES) == 4
+
+
+def test_sizes():
+    """The README stays short enough to be read: about 9 kB besides the output that it shows."""
+    without_output = re.sub(r"^```\n.*?^```", "", DOCUMENTS["README.md"], flags=re.M | re.S)
+    assert len(without_output) < 9000
