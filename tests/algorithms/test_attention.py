@@ -4,8 +4,10 @@ token sees what it should not."""
 import pytest
 import torch
 
+from harness.errors import InputError
 from llama import (CLOSE, COMPLETIONS, EOS, PAD, PATHS, PROMPTS, SHAPES, batch, make_model,
                    one_by_one, pad)
+from model import GPT, GPTConfig
 
 
 # -- the three ways to score a completion ---------------------------------------------------------
@@ -147,3 +149,22 @@ def test_no_query_is_left_with_nothing_to_look_at(monkeypatch):
         model.completion_logits(*batch(prompts=prompts), index)
     model.generate(*pad(PROMPTS, "left"), 4, EOS, PAD)
     assert len(masks) > 4 and all(mask.any(-1).all() for mask in masks)
+
+
+def test_what_fits_is_read_in_a_grid_that_does_not():
+    """A long prompt with a short answer beside a short prompt with a long one: their grid is wider
+    than block_size, but each row fits, and is read as it would be alone. A row that does not fit is
+    refused."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    prompts, answers = [[1, 2, 3, 4, 5, 6], [7]], [[8, 9], [1, 2, 3, 4, 5, 6, 7]]
+    prompt_ids = torch.tensor([p if len(p) == 6 else [0] * 5 + p for p in prompts])
+    prompt_mask = torch.tensor([[True] * 6, [False] * 5 + [True]])
+    ids = torch.tensor([a + [0] * (7 - len(a)) for a in answers])
+    mask = torch.tensor([[True] * 2 + [False] * 5, [True] * 7])
+    together = model.completion_logits(prompt_ids, prompt_mask, ids, mask)
+    for b in range(2):
+        alone = model(torch.tensor([prompts[b] + answers[b][:-1]]))[0, len(prompts[b]) - 1:]
+        assert torch.allclose(together[b, :len(answers[b])], alone, atol=1e-5)
+    with pytest.raises(InputError, match="longer than block_size 8"):
+        model.completion_logits(prompt_ids, prompt_mask, ids, torch.ones_like(mask))

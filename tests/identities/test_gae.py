@@ -114,3 +114,11 @@ def test_padding_never_matters_to_credit():
     for junk in (1e30, -1e30):
         assert torch.equal(credit(junk, 0), plain)
         assert close(credit(junk, 3), plain, 1e-12)   # another width may add up in another order
+
+
+def test_nothing_is_discounted_unless_asked_for():
+    """The docstring's worked example with gamma left out: advantages .6 and .3, returns 1 and 1."""
+    rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.4, 0.7]])
+    advantages, returns = ppo.gae(rewards, values, torch.ones(1, 2), torch.zeros(1), lam=1.0)
+    assert torch.allclose(advantages, torch.tensor([[0.6, 0.3]]))
+    assert torch.allclose(returns, torch.ones(1, 2))
