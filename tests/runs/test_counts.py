@@ -134,3 +134,14 @@ def test_speeds_by_hand():
         log.sum("sampling_seconds", seconds)
         assert log.line() == {"tokens_per_second/sample": tokens / seconds}
     assert log.line() == {}
+
+
+def test_the_clock_adds_what_was_spent_inside(monkeypatch):
+    """From 10 to 13 and from 20 to 21: four seconds in all, beside what was there."""
+    times, log = iter([10.0, 13.0, 20.0, 21.0]), Log()
+    monkeypatch.setattr("harness.log.time", SimpleNamespace(time=lambda: next(times)))
+    log.totals["eval_seconds"] = 0.5
+    for _ in range(2):
+        with log.clock("eval_seconds"):
+            pass
+    assert log.totals == {"eval_seconds": 4.5}
