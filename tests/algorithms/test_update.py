@@ -17,8 +17,8 @@ from harness import flags
 from harness.log import Log
 from harness.run import Run
 from model import GPTConfig
-from tiny import (PROBLEMS, Letters, a_run, loss_and_gradient, make_grpo, make_ppo, minibatches,
-                  move, padded, rows, same_results, sample, tiny_model)
+from tiny import (DEMONSTRATIONS, PROBLEMS, Letters, a_run, loss_and_gradient, make_grpo, make_ppo,
+                  make_sft, minibatches, move, padded, rows, same_results, sample, tiny_model)
 
 LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "cispo"]
 LEVELS = ["token", "sequence"]
@@ -236,3 +236,17 @@ def test_a_batch_of_truncated_answers_alone_changes_nothing():
     line = run.log.line()
     assert line["loss"] == line["grad_norm"] == 0 and run.log.totals["trained_tokens"] == 0
     assert all(torch.equal(before[name], p) for name, p in algo.model.state_dict().items())
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3, 1e6])
+def test_a_gradient_is_shortened_to_max_grad_norm_and_at_0_never(max_grad_norm):
+    """What the optimizer gets has at most that norm; at 0, and where it is short enough already, it
+    is the gradient of the loss. What is logged is the norm before."""
+    algo = make_sft(max_grad_norm=max_grad_norm)
+    [minibatch] = algo.minibatches(sample(algo, DEMONSTRATIONS), Log())
+    whole = loss_and_gradient(algo, minibatch)[1].norm()
+    run = a_run()
+    train.update(algo, minibatch, run)
+    given = torch.cat([p.grad.flatten() for p in algo.model.parameters()]).norm()
+    assert float(given) == pytest.approx(1e-3 if max_grad_norm == 1e-3 else float(whole), rel=1e-3)
+    assert run.log.line()["grad_norm"] == pytest.approx(float(whole), rel=1e-5) and whole > 0.01
