@@ -14,7 +14,7 @@ import torch
 import data
 import rm
 import tasks
-from harness import checkpoint
+from harness import checkpoint, files
 from harness.errors import InputError
 from harness.flags import Sampling, declarations
 from model import GPT, GPTConfig
@@ -28,7 +28,7 @@ MACHINE = ("device", "dtype", "compile", "micro_batch_size")   # where, not what
 
 
 def task_name(config):
-    return tasks.file_name(config.data) if config.data else config.task
+    return files.file_name(config.data) if config.data else config.task
 
 
 def identity(config):
@@ -171,7 +171,7 @@ def make_task(config, block_size, judge=None):
     if config.eval_data and not config.data:
         raise InputError("--eval_data needs --data")
     if config.data:
-        task = tasks.JsonLines(config.data, config.eval_data, *settings)
+        task = files.JsonLines(config.data, config.eval_data, *settings)
         check_lines(config, task, tokenizer, block_size)
         return task
     if config.task == "countdown":

@@ -15,6 +15,7 @@ import torch
 import data
 import tasks
 from grpo import GRPO
+from harness import files
 from harness.log import Log
 from model import GPT, GPTConfig
 from ppo import PPO
@@ -233,7 +234,7 @@ def file_task(rows, max_new_tokens=0):
         path = f"{folder}/data.jsonl"
         with open(path, "w") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-        return tasks.JsonLines(path, path, max_new_tokens)
+        return files.JsonLines(path, path, max_new_tokens)
 
 
 def check_invariance(algo, minibatch):

@@ -9,8 +9,9 @@ import pytest
 import data
 from data import Tokenizer
 from harness.errors import InputError
+from harness.files import WHERE, JsonLines, file_name, read_jsonl
 from model import GPT, GPTConfig
-from tasks import WHERE, Chain, JsonLines, file_name, is_test, read_jsonl
+from tasks import Chain, is_test
 
 TOKENIZER = Tokenizer("byte")
 

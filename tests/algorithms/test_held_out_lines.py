@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rm
-import tasks
+from harness import files
 from harness.evaluate import evaluate
 from table_policy import (ANSWERS, PROMPTS, Call, Policy, Task, Tokens, config_of,
                           kl_of_first_answers)
@@ -32,7 +32,7 @@ def file_task(folder, held_out, train=({"prompt": "t", "completion": "0"},)):
     the same ones."""
     for name, rows in (("train", [{**held_out[0], **row} for row in train]), ("test", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tasks.JsonLines(folder / "train.jsonl", folder / "test.jsonl", 3)
+    return files.JsonLines(folder / "train.jsonl", folder / "test.jsonl", 3)
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 2])

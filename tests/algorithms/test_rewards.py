@@ -11,8 +11,9 @@ import rm
 import tasks
 from data import Tokenizer
 from harness.errors import InputError
+from harness.files import JsonLines, last_number
 from model import GPT, GPTConfig
-from tasks import Chain, Countdown, JsonLines, Rewards, last_number, value
+from tasks import Chain, Countdown, Rewards, value
 
 
 # -- reading numbers ------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 import data
 from data import Tokenizer
 from harness.errors import InputError
+from harness.files import JsonLines
 from harness.log import Log
 from llama import EOS, PAD, PROMPTS, make_model, pad
 from model import Samples
-from tasks import Chain, Countdown, JsonLines, Rewards, majority
+from tasks import Chain, Countdown, Rewards, majority
 
 TOKENIZER = Tokenizer("byte")
 EXAMPLES = [{"prompt": "7+5=", "answer": "2"}, {"prompt": "1-2*3=", "answer": "7"}]

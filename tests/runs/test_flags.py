@@ -22,7 +22,7 @@ import torch
 import sample
 import tasks
 import train
-from harness import flags, report
+from harness import files, flags, report
 from harness.errors import InputError
 from model import GPTConfig
 from rm import RMConfig
@@ -245,7 +245,7 @@ def observe(tmp_path_factory):
         for Config in (PretrainConfig, RMConfig):
             short = shorter(Config.__init__, max_steps=2, batch_size=4, warmup_steps=0)
             patch.setattr(Config, "__init__", short)
-        for Task in (tasks.Chain, tasks.Countdown, tasks.JsonLines):
+        for Task in (tasks.Chain, tasks.Countdown, files.JsonLines):
             patch.setattr(Task, "reward", staticmethod(checksum))
         patch.setattr(tasks.Countdown, "chance", lambda self, k: None)      # slow, and only printed
         patch.setattr(tiktoken, "get_encoding", lambda name: encoding)

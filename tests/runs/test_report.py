@@ -13,7 +13,7 @@ import torch
 
 import sample
 import tasks
-from harness import report
+from harness import files, report
 from table_policy import DRAWS, Policy, Task, Tokens, config_of
 
 # -- lines ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_finish_without_figures(monkeypatch, tmp_path):
     lines = finish(monkeypatch, judged)
     assert lines[2:5] == ["held-out nll              2.000    1.000         ", "", COSTS]
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
-    task = tasks.JsonLines(tmp_path / "texts.jsonl", tmp_path / "texts.jsonl")
+    task = files.JsonLines(tmp_path / "texts.jsonl", tmp_path / "texts.jsonl")
     nothing = {**SUMMARY, "before": {}, "after": {}}
     for held_out in (task.test, []):
         task.test = held_out
