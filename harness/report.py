@@ -4,6 +4,7 @@ What a run shows to people: the console line, tables, problems answered before a
 
 import json
 import os
+import re
 import sys
 
 import torch
@@ -216,10 +217,54 @@ def result_line(result):
             f"{result['seconds']:.0f} s")
 
 
+def by_arm(results):
+    """{arm: {variant: its runs, one a seed}}. A sweep has a variant for every value of its flags,
+    any other arm has one."""
+    arms = {}
+    for result in results:
+        variants = arms.setdefault(result.get("sweep", result["variant"]), {})
+        variants.setdefault(result["variant"], []).append(result)
+    return arms
+
+
+def judged(variants):
+    """How the variants of an arm are judged: the name of the measure, its title, and {variant: mean
+    over its seeds}; None where nothing was."""
+    for name, title in JUDGED:
+        if all(name in run["after"] for runs in variants.values() for run in runs):
+            return name, title, {variant: sum(run["after"][name] for run in runs) / len(runs)
+                                 for variant, runs in variants.items()}
+
+
+def chosen(variants):
+    """The variant of an arm that stands for it: the highest mean accuracy, or the lowest mean nll;
+    the first of equals.
+
+    Worked example: accuracies {"grpo:beta=0": [.5, .7], "grpo:beta=1": [.9, .1]} have the means .6
+    and .5: it is "grpo:beta=0".
+    """
+    found = judged(variants)
+    if found is None:
+        return next(iter(variants))
+    name, _, means = found
+    return (max if name == "eval/accuracy" else min)(means, key=means.get)
+
+
+def sweep_line(arm, variants):
+    """One line on a swept arm: the mean over seeds for each combination of values."""
+    swept = [i for i, piece in enumerate(re.split("[:>]", arm)) if "|" in piece]
+    _, title, means = judged(variants) or (None, NOTHING, {})
+    cells = []
+    for variant, mean in means.items():
+        pieces = re.split("[:>]", variant)
+        cells.append(f"{' '.join(pieces[i] for i in swept)} {mean:.3f}")
+    return f"{arm}: {title} {', '.join(cells)}".rstrip()
+
+
 def comparison(results):
-    """The table of a comparison: a row a variant, each cell the mean over seeds and, behind +-,
-    half of largest minus smallest; the base first. Token counts, seconds and memory are those of
-    the run, without the base."""
+    """The table of a comparison: a row an arm, each cell the mean over seeds and, behind +-, half
+    of largest minus smallest; the base first. Token counts, seconds and memory are those of the
+    run, without the base. Below it a line for every swept arm."""
     def value(result, keys):
         for key in keys:
             result = result.get(key) if result is not None else None
@@ -234,9 +279,10 @@ def comparison(results):
             text += f" +-{form.format((max(values) - min(values)) / 2)}"
         return text
 
-    groups = {"base": [{"after": results[0]["before"]}]}
-    for result in results:
-        groups.setdefault(result["variant"], []).append(result)
+    groups, sweeps = {"base": [{"after": results[0]["before"]}]}, []
+    for arm, variants in by_arm(results).items():
+        groups[chosen(variants)] = variants[chosen(variants)]
+        sweeps += [sweep_line(arm, variants)] if len(variants) > 1 else []
     rows = [["", *(title for title, _, _ in MEASURES)]]
     rows += [[name, *(cell(runs, keys, form) for _, keys, form in MEASURES)]
              for name, runs in groups.items()]
@@ -246,7 +292,7 @@ def comparison(results):
     for row in rows:
         cells = [f"{row[i]:>{widths[i]}}" for i in shown[1:]]
         lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
-    return "\n".join([*lines, COSTS])
+    return "\n".join([*lines, COSTS, *sweeps])
 
 
 def peak_memory_mb():
@@ -327,23 +373,36 @@ def plot(out_dir):
     return "curve.png"
 
 
+def curve(result, measure):
+    """The evaluations of a run, or of the stages of a chain one after the other: updates and tokens
+    go on from where the last stage ended, whose end is the next one's start."""
+    lines, before = [], {"updates": 0, "sampled_tokens": 0}
+    for folder in result.get("stages", [result["folder"]]):
+        stage = read_metrics(os.path.join(folder, "metrics.jsonl"))
+        stage = [line for line in stage if measure in line][1 if lines else 0:]
+        lines += [{**line, **{name: line[name] + n for name, n in before.items()}}
+                  for line in stage]
+        before = {name: lines[-1][name] for name in before} if lines else before
+    return lines
+
+
 def plot_comparison(folder, results):
     """Draw compare.png: held-out accuracy (or nll) against updates and against sampled tokens, mean
-    and range over seeds. Returns what to tell the reader about it."""
+    and range over seeds, of a swept arm for the values in the table. Returns what to tell the
+    reader about it."""
     plt = pyplot()
     if plt is None:
         return NO_PICTURE
-    judged = [pair for pair in JUDGED if pair[0] in results[0]["after"]]
-    if not judged:
+    found = [pair for pair in JUDGED if pair[0] in results[0]["after"]]
+    if not found:
         return f"no picture: {NOTHING}"
-    measure, title = judged[0]
+    measure, title = found[0]
+    shown = {chosen(variants): variants[chosen(variants)]
+             for variants in by_arm(results).values()}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, name in zip(axes, ("updates", "sampled_tokens")):
-        for i, variant in enumerate(dict.fromkeys(r["variant"] for r in results)):
-            runs = [read_metrics(os.path.join(r["folder"], "metrics.jsonl"))
-                    for r in results if r["variant"] == variant]
-            runs = [[line for line in lines if measure in line] for lines in runs]
-            points = list(zip(*runs))                      # [evaluation][seed]
+        for i, (variant, runs) in enumerate(shown.items()):
+            points = list(zip(*(curve(run, measure) for run in runs)))   # [evaluation][seed]
             x = [sum(line[name] for line in lines) / len(lines) for lines in points]
             y = [[line[measure] for line in lines] for lines in points]
             if not points:

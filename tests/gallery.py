@@ -114,6 +114,18 @@ BUGS = [
         "return sum(1 - (1 - c / n) ** k for c in right) / len(right)",
         "identities/test_group_baselines.py::test_pass_at_k_is_unbiased",
         "2107.03374, section 2.1"),
+    Bug("harness/arms.py", "the second stage of a chain starts from the base: SFT-then-RL is RL "
+        "alone",
+        '            command += ["--init_from", config.init_from]\n',
+        "",
+        "runs/test_chains.py::test_the_plan_of_a_chain",
+        "psunlpgroup/Summ-N#7"),
+    Bug("compare.py", "the KL is measured from where training last began: every stage, or every "
+        "resumption, may drift anew",
+        "start = first.init_from or base_folder(first, train.ALGORITHMS)",
+        "start = last.init_from",
+        "runs/test_chains.py::test_the_kl_where_both_stages_move",
+        "NVIDIA-NeMo/RL#2955, NVIDIA-NeMo/RL#3722"),
     Bug("sft.py", "a mean of means: short answers weigh more, and a batch that is split in two has "
         "another loss",
         "return mask / mask.sum().clamp(min=1)",

@@ -149,7 +149,9 @@ def test_seeds(tiny_base, in_process, flags, seeds):
 def test_the_plan():
     """Variant by variant and seed by seed; the words of each run, in which a variant's own flags
     come behind the common ones; a folder for each."""
-    runs = compare.plan(["sft", "dpo:sync-steps=inf"], ["--max_steps", "3"], 4, 2)
+    arms = compare.plan(["sft", "dpo:sync-steps=inf"], ["--max_steps", "3"], 4, 2)
+    assert all(arm.word == arm.variant and arm.seed == arm.stages[0].config.seed for arm in arms)
+    runs = [(arm.variant, stage.config, stage.command) for arm in arms for stage in arm.stages]
     assert [(variant, c.algo, c.seed, c.max_steps) for variant, c, _ in runs] == [
         ("sft", "sft", 4, 3), ("sft", "sft", 5, 3), ("dpo:sync-steps=inf", "dpo", 4, 3),
         ("dpo:sync-steps=inf", "dpo", 5, 3)]
@@ -166,8 +168,9 @@ def test_the_plan():
 
 def test_the_folders_of_another_task_or_file():
     """They are named for it."""
-    [(_, countdown, _)] = compare.plan(["sft"], ["--task", "countdown"], 0, 1)
-    [(_, a_file, _)] = compare.plan(["sft:data=my/sums.jsonl"], [], 0, 1)
+    [countdown] = compare.plan(["sft"], ["--task", "countdown"], 0, 1)
+    [a_file] = compare.plan(["sft:data=my/sums.jsonl"], [], 0, 1)
+    [countdown], [a_file] = ([s.config for s in arm.stages] for arm in (countdown, a_file))
     assert countdown.out_dir == "out/countdown-sft-0"
     assert a_file.out_dir == "out/sums-sft-data-my-sums.jsonl-0"
 
@@ -281,7 +284,8 @@ def test_judged_by_other_problems_a_run_is_made_again(tiny_base, in_process):
 def test_a_folder_that_holds_no_run_is_not_reused(tiny_base):
     """A broken checkpoint, or one of other settings, is no run to go on with."""
     os.makedirs("out/chain-sft-0")
-    [(_, asked, _)] = compare.plan(["sft"], ["--init_from", str(tiny_base)], 0, 1)
+    [arm] = compare.plan(["sft"], ["--init_from", str(tiny_base)], 0, 1)
+    [asked] = [stage.config for stage in arm.stages]
     assert not compare.reusable(asked)
     torch.save({"model": {}, "model_config": {}}, "out/chain-sft-0/ckpt.pt")
     assert not compare.reusable(asked)

@@ -38,6 +38,7 @@ def nothing_is_run(tmp_path, monkeypatch):
     ("sft dft --seeds 0", "--seeds 0: at least 1"),
     ("sft dft --seeds -1", "--seeds -1: at least 1"),
     ("sft dft --seeds two", "--seeds"),
+    ("sft dft --jobs 0", "--jobs 0: at least 1"),
     ("sft dft --seed -1", "--seed -1"),
     ("sft --seeds 2 dft", "dft is unknown"),
     ("sft dft --xyzzy", "--xyzzy is unknown"),

@@ -82,7 +82,7 @@ def test_every_command_is_one(name, command, monkeypatch):
     else:
         first_flag = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
         common = [w for w in words[first_flag:]]
-        for own in ("--seeds", "--seed", "--out_dir"):
+        for own in ("--seeds", "--seed", "--jobs", "--out_dir"):
             if own in common:
                 at = common.index(own)
                 del common[at:at + 2]
@@ -96,7 +96,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))
 def test_flags_exist(name):
     """Every --flag that a document mentions is one of some program."""
-    known = {"--seeds", "--help", "--nproc_per_node"}
+    known = {"--seeds", "--jobs", "--help", "--nproc_per_node"}
     for algo in train.ALGORITHMS:
         parser = flags.make_parser(algo, train.ALGORITHMS, GPTConfig)
         known |= set(parser._option_string_actions)
