@@ -17,7 +17,8 @@ model) is the same in all stages: that of the base.
 
 `flag=a|b` is a sweep: one run for each value (several such flags: for each combination) and seed.
 The table has the values with the best mean over seeds; below it stand the means of all. The choice
-is made on the very problems that are reported, so it flatters every swept arm alike.
+is made on the very problems that are reported, so it flatters every swept arm alike, and an arm
+with one value not at all.
 """
 
 import argparse

@@ -103,7 +103,9 @@ def test_a_learned_reward_is_that_of_the_base():
     plain, chain = compare.plan(["grpo:reward=model", "sft>grpo:reward=model"], [], 0, 1)
     needed = compare.check([plain, chain], train.ALGORITHMS)
     models = {config.out_dir for config in needed if config.algo == "rm"}
-    assert models == {chain.stages[1].config.reward_model}
+    stage = chain.stages[1]
+    assert models == {stage.config.reward_model} and stage.command[-1] in models
+    assert stage.command[-2] == "--reward_model"
     [given] = compare.plan(["sft>grpo:reward=model:reward_model=mine"], [], 0, 1)
     assert given.stages[1].config.reward_model == "mine"
     assert compare.plan(["sft>grpo"], [], 0, 1)[0].stages[1].config.reward_model is None
@@ -115,6 +117,13 @@ def test_a_chain_with_a_shape_of_its_own():
     bases = compare.check(arms, train.ALGORITHMS)
     assert {(base.algo, *base.shape.items()) for base in bases} == {("pretrain", ("n_embd", 16))}
     assert "--n_embd=16" not in arms[0].stages[1].command
+
+
+def test_a_chain_with_a_start_of_its_own(tiny_base):
+    """Then no base is made for the later stages either."""
+    word = f"sft:init_from={tiny_base}>grpo"
+    arms = compare.plan([word], [str(flag) for flag in TASK], 0, 1)
+    assert compare.check(arms, train.ALGORITHMS) == []
 
 
 @pytest.mark.parametrize("words, expected", [
