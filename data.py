@@ -193,7 +193,8 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
     total, each = algo.rewards([e for e in examples for _ in range(G)], texts)
     if log is not None:
         lengths = samples.completion_mask.sum(-1)                                # (B,)
-        log.mean("reward", total)
+        if each:   # distillation needs no reward
+            log.mean("reward", total)
         log.mean("completions/mean_length", lengths)
         log.mean("completions/clipped_ratio", samples.truncated)
         log.sum("sampled_tokens", int(lengths.sum()))

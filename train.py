@@ -34,6 +34,7 @@ import torch
 
 import data
 from dft import DFT
+from distill import Distill
 from dpo import DPO
 from grpo import GRPO
 from harness import flags, prepare, report, tokens
@@ -46,7 +47,7 @@ from rm import RM
 from sft import SFT, Pretrain
 
 ALGORITHMS = {"pretrain": Pretrain, "sft": SFT, "dft": DFT, "rft": RFT, "dpo": DPO, "rm": RM,
-              "ppo": PPO, "grpo": GRPO}
+              "ppo": PPO, "grpo": GRPO, "distill": Distill}
 
 
 def train(algo, run):

@@ -112,9 +112,10 @@ def check(config, algorithms):
     config.resume = config.resume or config.algo in SHARED and os.path.exists(path)
     if config.resume:
         saved = checkpoint.read(path)
-        for name in ("init_from", "reward_model"):
+        for name in ("init_from", "reward_model", "teacher"):
             kept = saved.get("settings", {}).get(name)
-            setattr(config, name, getattr(config, name) or kept)
+            if hasattr(config, name):   # only distill has a teacher
+                setattr(config, name, getattr(config, name) or kept)
         shape = checkpoint.build_model(saved).config   # refuses weights that are none
         checkpoint.check_same_settings(config, saved, path)
     elif config.init_from:

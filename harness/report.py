@@ -21,6 +21,7 @@ COLUMNS = [
     ("rewards/chosen", "chosen", "{:+.2f}"), ("rewards/rejected", "rejected", "{:+.2f}"),
     ("rewards/margins", "margin", "{:.2f}"), ("skipped_pairs", "skipped", "{:.2f}"),
     ("accuracy", "accuracy", "{:.3f}"), ("loss/value", "value loss", "{:.3f}"),
+    ("teacher_kl", "to teacher", "{:.3f}"),
     ("policy/approxkl", "moved", "{:.3f}"), ("eval/pair_accuracy", "heldout pairs", "{:.3f}"),
     ("eval/accuracy", "heldout", "{:.3f}"), ("eval/loss", "heldout nll", "{:.3f}"),
     ("eval/worked", "worked", "{:.2f}"), ("completions/mean_length", "length", "{:.1f}"),

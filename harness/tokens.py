@@ -33,8 +33,9 @@ def gradient_weights(algo, minibatch):
         hook.remove()
         algo.zero_grad()
     ids = minibatch["completion_ids"].unsqueeze(-1)                            # (B, T, 1)
-    # Where answers have advantages, they are scored at the temperature at which they were sampled.
-    temperature = algo.config.temperature if "advantages" in minibatch else 1.0
+    # With advantages or a teacher, answers are scored at the temperature of their sampling.
+    sampled = "advantages" in minibatch or hasattr(algo, "teacher")
+    temperature = algo.config.temperature if sampled else 1.0
     logprobs = (seen[0].detach().float() / temperature).log_softmax(-1)        # (B, T, V)
     return -seen[0].grad.gather(-1, ids).squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
 

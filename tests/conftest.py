@@ -79,12 +79,22 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def eight_steps(tiny_base):
+def tiny_teacher(tmp_path_factory):
+    """The folder of another such model, for distillation."""
+    folder = tmp_path_factory.mktemp("tiny") / "teacher"
+    assert run("--algo", "pretrain", *TASK, *SHAPE, "--max_steps", 3, "--batch_size", 8,
+               "--base_seed", 1, "--out_dir", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eight_steps(tiny_base, tiny_teacher):
     """eight_steps(case) -> the flags of a run of 8 steps that saves at steps 3, 6 and 8."""
     from runs_helpers import CASES, LOOP
 
     def eight_steps(case, *more):
         start = () if case == "pretrain" else ("--init_from", tiny_base)
+        start += ("--teacher", tiny_teacher) if case == "distill" else ()
         return (*CASES[case], *start, *TASK, *LOOP, *more)
     return eight_steps
 

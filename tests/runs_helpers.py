@@ -106,7 +106,7 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "dpo, semi-online": ("--algo", "dpo", *OWN, "--pair_selection", "best_worst",
                               "--sync_steps", 3, "--sync_ref"),
          "ppo": ("--algo", "ppo", *OWN, "--num_minibatches", 2, "--target_kl", 1e9),
-         "rm": ("--algo", "rm", *OWN)}
+         "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN)}
 UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
 
 

@@ -81,11 +81,13 @@ OWN = ("--reward", "verifier,brevity", "--batch_size", 4, "--num_generations", 4
     ("sft",), ("dft", "--loss_type", "asft"), ("dft", "--loss_type", "psft"),
     ("rft", *OWN, "--threshold", -1), ("dpo", *OWN), ("ppo", *OWN),
     ("ppo", *OWN, "--temperature", 0.7),
-    ("grpo", *OWN, "--num_iterations", 2, "--temperature", 0.7)])
-def test_every_algorithm_can_be_inspected(tiny_base, tmp_path, monkeypatch, capsys, flags):
+    ("grpo", *OWN, "--num_iterations", 2, "--temperature", 0.7), ("distill", *OWN)])
+def test_every_algorithm_can_be_inspected(tiny_base, tiny_teacher, tmp_path, monkeypatch, capsys,
+                                          flags):
     """Aligned lines: prompt tokens without numbers, completion tokens with all; nothing is written
     to disk."""
     monkeypatch.chdir(tmp_path)
+    flags += ("--teacher", tiny_teacher) if flags[0] == "distill" else ()
     assert run("--algo", *flags, "--inspect", "--init_from", tiny_base, *TASK) == 0
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if re.search(r"[+-]0\.\d{6}$", line)]

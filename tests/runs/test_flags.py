@@ -155,6 +155,11 @@ OWN = {
         "use_bias_correction_kl": ["true", "--beta=1 " + FAST],
         "entropy_coef": ["1"],
         "mask_truncated_completions": ["true", "--max_new_tokens=40"]},
+    "distill": {
+        **SAMPLING,
+        "teacher": ["{folder}/other-base"],
+        "divergence": [None],
+        "prefixes": [None]},
 }
 # Where an algorithm differs from the others in a shared flag.
 IMITATES = Same("it imitates a text that is given, and rewards nothing")
@@ -172,6 +177,10 @@ EXCEPTIONS = {
     ("sft", "reward_model"): ["{folder}/other-rm", "", IMITATES],
     ("dft", "reward_model"): ["{folder}/other-rm", "", IMITATES],
     ("rm", "reward_model"): ["{folder}/other-rm", "", Same("it is trained to be one")],
+    ("distill", "reward_model"): ["{folder}/other-rm", "--reward=model", LINES],
+    ("distill", "reward"): ["brevity", "", LINES],          # it is watched, and trains nothing
+    ("distill", "reward_weights"): ["-1", "", LINES],
+    ("distill", "tokenizer"): ["gpt2", "", REFUSED],        # the teacher's is another
     ("rft", "reward_model"): ["{folder}/other-rm", "--keep=best --reward=model"],
     ("pretrain", "max_new_tokens"): ["5", "", LINES],                   # of the evaluation alone
     ("sft", "max_new_tokens"): ["5", "", LINES],
@@ -225,7 +234,8 @@ def observe(tmp_path_factory):
         if (algo, words) not in seen:
             seen[algo, words] = now = Seen()
             spied.update(saves=0, compiled=0)
-            samples = SAMPLES if algo in ("rft", "dpo", "rm", "ppo", "grpo") else ""
+            samples = SAMPLES if algo in ("rft", "dpo", "rm", "ppo", "grpo", "distill") else ""
+            samples += " --teacher=teacher" if algo == "distill" else ""
             out = f"run-{len(seen)}"
             command = f"--algo={algo} {RUN}{samples} --out_dir={out} {words}".split()
             try:
@@ -253,8 +263,9 @@ def observe(tmp_path_factory):
         patch.setattr(torch, "compile", counted("compiled", lambda function, dynamic: function))
         write_jsonl([{"prompt": f"{a}+{b}=", "completion": "1;2", "answer": "2", "chosen": "1;2",
                       "rejected": "3"} for a in range(5) for b in range(5)], "sums.jsonl")
-        for algo, out in (("pretrain", "other-base"), ("rm", "other-rm")):
-            observe(algo, f"--base_seed=5 --out_dir={out}")
+        for algo, seed, out in (("pretrain", 5, "other-base"), ("rm", 5, "other-rm"),
+                                ("pretrain", 6, "teacher")):
+            observe(algo, f"--base_seed={seed} --out_dir={out}")
         yield observe
 
 

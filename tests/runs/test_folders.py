@@ -25,6 +25,7 @@ LOGGED = {"pretrain": {"nll"}, "sft": {"nll"},
           "ppo": {"reward", "loss/value", "loss/policy", "objective/kl", "policy/approxkl",
                   "max_ratio"},
           "rm": {"reward", "accuracy", "margin"},
+          "distill": {"reward", "rewards/brevity/mean", "teacher_kl", "entropy"},
           "grpo": {"reward", "rewards/brevity/mean", "frac_reward_zero_std",
                    "completions/mean_length"}}
 TOTALS = {"updates", "sampled_tokens", "trained_tokens", "seconds", "sampling_seconds",

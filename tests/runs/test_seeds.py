@@ -59,7 +59,7 @@ def test_every_step_has_its_own_problems_and_its_own_draw(eight_steps, monkeypat
 
 
 @pytest.mark.parametrize("algo", train.ALGORITHMS)
-def test_the_seed_decides_which_examples_a_step_sees(tiny_base, monkeypatch, algo):
+def test_the_seed_decides_which_examples_a_step_sees(tiny_base, tiny_teacher, monkeypatch, algo):
     """Two runs with one seed see the same examples in the same steps; another seed sees others,
     even where the set of examples is the same. A corpus is read in order."""
     Algorithm, seen = train.ALGORITHMS[algo], {}
@@ -75,6 +75,7 @@ def test_the_seed_decides_which_examples_a_step_sees(tiny_base, monkeypatch, alg
     monkeypatch.setattr(evaluate, "evaluate", lambda algo, full: {})
     start = ("--n_embd", 4, "--n_head", 1, "--n_layer", 1) if algo == "pretrain" else (
         "--init_from", tiny_base)
+    start += ("--teacher", tiny_teacher) if algo == "distill" else ()
     flag = "--base_seed" if algo in ("pretrain", "rm") else "--seed"
     for key, seed in (("first", 0), ("again", 0), ("other", 1)):
         run("--algo", algo, *start, *TASK, "--batch_size", 4, "--max_steps", 6, flag, seed,
@@ -102,10 +103,10 @@ def test_training_moves_the_weights(uninterrupted, tiny_base, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "pretrain"])
-def test_micro_batches_change_no_result(tiny_base, monkeypatch, case):
+def test_micro_batches_change_no_result(eight_steps, tiny_base, monkeypatch, case):
     """A batch in micro-batches of 3 rows (of 2 where pairs stay together) trains to the same
     weights up to rounding."""
-    flags = (*CASES[case], *TASK, "--init_from", tiny_base, "--max_steps", 4, "--warmup_steps", 0)
+    flags = eight_steps(case, "--max_steps", 4, "--warmup_steps", 0)
     Algorithm, rows = train.ALGORITHMS[CASES[case][1]], []
     loss = Algorithm.loss
     run(*flags, "--out_dir", "whole")
