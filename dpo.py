@@ -23,6 +23,14 @@ Who sampled is the flag --sync_steps: how many updates pass between two renewals
 is online, inf is offline, and anything between is semi-online (2506.21495). Each setting meets the
 same prompts, draws as many answers and makes as many updates.
 
+Self-rewarding (2401.10020) in the small: --sync_steps 10 --sync_ref --reward confidence. The policy
+as it samples also judges: an answer is worth the log-probability of its final part after the steps
+that lead there. (The paper lets the model write a verdict; --reward majority asks whether its
+answers agree.) No label is needed. It begins well: the policy is surest of an answer that it has
+worked out, so more are worked out and right. Then it is hacked: being sure of the last number does
+not take steps that are right, or that belong to the problem, and the accuracy falls to chance while
+the policy believes itself. Watch `true` part from `reward`; with majority it falters and recovers.
+
     --loss_type   loss of a pair, h and m as above                      source
     sigmoid       - log sigma(beta m)                                   DPO 2305.18290, eq. 7
     robust        the same, corrected for flipped labels                2403.00409, eq. 12
@@ -204,7 +212,7 @@ class DPO(nn.Module):
         self.from_file = self.single or pairs
         if not self.from_file:
             self.sampler = copy.deepcopy(self.ref_model)
-            self.rewards = Rewards(task, config.reward, config.reward_weights)
+            self.rewards = Rewards(task, config.reward, config.reward_weights, self.confidence)
         self.optimizer = model.configure_optimizer(config)
 
     @property
@@ -236,6 +244,25 @@ class DPO(nn.Module):
                                   device=device)
             batch[name] = uniforms.flatten()                                    # (B,)
         return batch
+
+    def confidence(self, prompts, completions, /, **columns):
+        """--reward confidence, a reward function like any other: what log-probability the sampler
+        gives to the final part of each answer and its <end>, after the prompt and all that leads
+        there. A sum over tokens: the log-probability of one event. -> list of floats <= 0
+
+        Worked example, chain: `7+5=2;2*3=6` earns log p(6) + log p(<end>) after `7+5*3=7+5=2;2*3=`,
+        the bare `6` the same after `7+5*3=`.
+        """
+        # Broken UTF-8 was decoded to U+FFFD, which takes three bytes for one that was written.
+        completions = [c.replace("\ufffd", "?") for c in completions]
+        finals = [self.task.final_part(c) for c in completions]
+        batch = data.collate([{"prompt": p + c[:len(c) - len(final)], "completion": final}
+                              for p, c, final in zip(prompts, completions, finals)],
+                             self.tokenizer, self.model.device)
+        room = self.model.config.block_size - batch["completion_ids"].shape[1]
+        for name in ("prompt_ids", "prompt_mask"):   # of what does not fit the start is not read
+            batch[name] = batch[name][:, -max(room, 1):]
+        return self.score(self.sampler, batch).tolist()
 
     def minibatches(self, batch, log):
         """What is each token worth? First: which answers make pairs. What concerns the whole batch

@@ -61,6 +61,11 @@ class Task:
         """Whether the training examples come with these columns; preferences are found in files."""
         return False
 
+    @staticmethod
+    def final_part(completion):
+        """The end of a completion that says the answer; what is before it leads there."""
+        return completion
+
 
 class Chain(Task):
     """Arithmetic from left to right, modulo 10: `7+5*3=` is (7+5)*3 = 2*3 = 6.
@@ -141,6 +146,10 @@ class Chain(Task):
     @staticmethod
     def final_answer(completion):
         return re.split("[;=]", completion)[-1] or None
+
+    @staticmethod
+    def final_part(completion):
+        return re.split("[;=]", completion)[-1]
 
     @staticmethod
     def is_worked(prompt, completion):
@@ -308,10 +317,16 @@ def reward_functions(task):
 
 class Rewards:
     """The weighted sum of reward functions: names `verifier,brevity` and weights `1,0.2`; no
-    weights: 1 each. Raises InputError for a name or a weight that is none."""
+    weights: 1 each. confidence: the policy's own judgement, a function like the others (see
+    dpo.py). Raises InputError for a name or a weight that is none."""
 
-    def __init__(self, task, names, weights=""):
+    def __init__(self, task, names, weights="", confidence=None):
         self.task, known = task, reward_functions(task)
+        if confidence is not None:
+            known["confidence"] = confidence
+        elif "confidence" in names.split(","):
+            raise InputError("--reward confidence is for --algo dpo, whose sampler judges its own "
+                             "answers")
         for name in names.split(","):
             if name not in known:
                 raise InputError(f"--reward {name} is unknown for {task.name}: use one or more of "

@@ -97,6 +97,12 @@ class JsonLines(Task):
     def final_answer(completion):
         return last_number(completion)
 
+    @staticmethod
+    def final_part(completion):
+        """From the last number on; without one the whole."""
+        found = [match.start() for match in NUMBER.finditer(completion)]
+        return completion[found[-1]:] if found else completion
+
     def chance(self, k):
         return None                                        # unknown for a user's file
 

@@ -167,7 +167,7 @@ class Sampling(Settings):
     temperature: float = flag(1.0, "of sampling (grpo, ppo, distill: and of scoring; 0.7 to "
                                    "1.2)", above=0)
     reward: str = flag("verifier", "reward functions, comma-separated: verifier, model, majority, "
-                                   "format, brevity")
+                                   "format, brevity; dpo: confidence")
     reward_weights: str = flag("", "their weights, comma-separated; empty: 1 each")
 
     def columns(self):

@@ -105,6 +105,8 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "dft, psft": ("--algo", "dft", *DEMOS, "--loss_type", "psft", "--sync_steps", 3),
          "dpo, semi-online": ("--algo", "dpo", *OWN, "--pair_selection", "best_worst",
                               "--sync_steps", 3, "--sync_ref"),
+         "dpo, self-rewarding": ("--algo", "dpo", "--batch_size", 4, "--num_generations", 4,
+                                 "--reward", "confidence", "--sync_steps", 3, "--sync_ref"),
          "ppo": ("--algo", "ppo", *OWN, "--num_minibatches", 2, "--target_kl", 1e9),
          "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN)}
 UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1

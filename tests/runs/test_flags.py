@@ -109,6 +109,7 @@ OWN = {
         "awr_beta": ["1", "--weighting=awr"]},
     "dpo": {
         **SAMPLING,
+        "reward": ["brevity confidence"],
         "loss_type": ["hinge ipo kto cpo simpo orpo"],
         "loss_type robust": ["robust", "--label_smoothing=0.2"],      # else it is sigmoid
         "beta": ["1"],

@@ -11,13 +11,22 @@ ONLINE = ("--batch_size", 16, "--num_generations", 8, "--max_steps", 25)
 LEARNERS = {"sft": ("--algo", "sft", "--max_steps", 30),
             "dft": ("--algo", "dft", "--max_steps", 30),
             "rft": ("--algo", "rft", "--rounds", 25, *ONLINE), "dpo": ("--algo", "dpo", *ONLINE),
-            "ppo": ("--algo", "ppo", *ONLINE), "grpo": ("--algo", "grpo", *ONLINE)}
+            "ppo": ("--algo", "ppo", *ONLINE), "grpo": ("--algo", "grpo", *ONLINE),
+            "distill": ("--algo", "distill", *ONLINE)}
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "plot", lambda folder: "no picture")
+
+
+@pytest.fixture(scope="module")
+def teacher(small_base, tmp_path_factory):
+    """The folder of what GRPO makes of that base, for distillation."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    run("--init_from", small_base, *SMALL, *LEARNERS["grpo"], "--out_dir", folder)
+    return folder
 
 
 def test_the_small_base_is_mediocre(small_base):
@@ -30,10 +39,11 @@ def test_the_small_base_is_mediocre(small_base):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("case", LEARNERS)
-def test_every_algorithm_learns(small_base, seed, case):
+def test_every_algorithm_learns(small_base, request, seed, case):
     """25 to 30 steps gain at least .12 in held-out accuracy, by working answers out."""
+    of = ("--teacher", request.getfixturevalue("teacher")) if case == "distill" else ()
     run("--init_from", small_base, *SMALL, "--seed", seed, "--logging_steps", 100,
-        "--out_dir", "run", *LEARNERS[case])
+        "--out_dir", "run", *LEARNERS[case], *of)
     before, after = summary("run")["before"], summary("run")["after"]
     assert after["eval/accuracy"] > before["eval/accuracy"] + 0.12
     assert after["eval/worked"] > before["eval/worked"] + 0.2
