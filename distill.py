@@ -13,20 +13,21 @@ Distillation: learn from a teacher, token by token. On-policy: in the student's 
     sampled        reverse, from the one token that was drawn: -A log pi(y_it), A = sg(log q - log
                    pi). A policy gradient whose reward comes with every token.
 
-GKD (2306.13649) is reverse or forward on the student's text, and asks the same prefixes of both
-models: the teacher corrects the mistakes that the student makes. MiniLLM (2306.08543) has the
-reverse KL of whole answers. `sampled` is that of Thinking Machines' blog
-(thinkingmachines.ai/blog/on-policy-distillation, 2025). Forward on the teacher's text is SFT on
-what the teacher writes, with all its next tokens at once in place of the one that it drew.
+GKD (2306.13649) takes reverse or forward on the student's text: the teacher says how it would go
+on, also after a mistake of the student's. MiniLLM (2306.08543) has the reverse KL of whole answers.
+`sampled` is that of Thinking Machines' blog (thinkingmachines.ai/blog/on-policy-distillation,
+2025). Forward on the teacher's text is SFT on what the teacher writes, with all its next tokens at
+once in place of the one that it drew.
 
 What the gradient leaves out: the prefixes are held fixed, as in GKD. Summed over an answer the
 reverse KLs are on average KL(pi || q) of whole answers, but the full gradient has a second term: a
 token also decides which prefixes follow, and what they will cost. MiniLLM keeps that term.
 
 What it cannot do: a student is corrected where it goes and nowhere else. One that never writes
-worked steps is never corrected in them. The teacher's first token asks for a step; until the
-student has learnt to draw it, the rest of the teacher's knowledge stays unheard. --prefixes teacher
-shows it everything, but not what to do after its own mistakes.
+worked steps is never corrected in them. Nor does reverse lead it there, for it weighs a token by
+the student's own probability: the first token of a step, however much the teacher wants it, has
+hardly a gradient. forward pulls it up at once, and --prefixes teacher shows what follows, but not
+what to do after the student's own mistakes.
 """
 
 import copy

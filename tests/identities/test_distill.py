@@ -130,6 +130,21 @@ def test_nothing_is_left_to_learn_at_the_teacher(divergence):
         assert (losses_of(divergence)[MASK] > 0).all()
 
 
+def test_reverse_hardly_hears_of_what_the_student_never_writes():
+    """A token of probability 1e-6 that the teacher wants in nine cases of ten: the gradient in its
+    logit is p (log p/q - KL) of the reverse KL, next to nothing, and p - q of the forward one."""
+    z = torch.tensor([[0.0, math.log(1e-6)]], dtype=torch.float64).requires_grad_()
+    p, q = z.softmax(-1)[0, 1].item(), torch.tensor([[.1, .9]], dtype=torch.float64)
+    found = {}
+    for divergence in ("reverse", "forward"):
+        loss = token_losses(None, z.log_softmax(-1), None, q.log(), divergence).sum()
+        found[divergence] = gradient(loss, z)[0, 1].item()
+    reverse = (1 - p) * math.log((1 - p) / .1) + p * math.log(p / .9)
+    assert found["reverse"] == pytest.approx(p * (math.log(p / .9) - reverse))
+    assert found["forward"] == pytest.approx(p - .9)
+    assert -2e-5 < found["reverse"] < 0
+
+
 def test_both_models_are_read_at_the_sampling_temperature(monkeypatch):
     """With --temperature 2 the divergence is between the two distributions that are sampled from,
     and 0 only where the logits agree."""
