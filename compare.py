@@ -75,7 +75,8 @@ def reusable(config):
     began = os.path.join(config.out_dir, "config.json")
     if checkpoint.read_json(began)["eval_problems"] != config.eval_problems:
         return False
-    for start in filter(None, (config.init_from, config.reward_model)):
+    starts = config.init_from, config.reward_model, getattr(config, "teacher", None)
+    for start in filter(None, starts):
         start = os.path.join(start, "ckpt.pt") if os.path.isdir(start) else start
         if os.path.getmtime(start) > os.path.getmtime(began):
             return False

@@ -12,6 +12,7 @@ import tasks
 import tiny
 from dpo import DPO
 from grpo import GRPO
+from harness import files
 from harness.errors import InputError
 from harness.log import Log
 from ppo import PPO

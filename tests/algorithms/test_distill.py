@@ -1,6 +1,6 @@
 """
 The Distill class on tiny models: whose text, whose distributions, what is trained and what is not,
-and which teachers are refused. Its mathematics is in identities/test_distill.py.
+and which teachers are refused. Its mathematics is in identities/test_distill_math.py.
 """
 
 import dataclasses

@@ -83,7 +83,8 @@ def test_a_file_of_prompts(tiny_base, tiny_teacher):
 
 def test_a_variant_of_a_comparison_names_its_teacher():
     """compare.py takes distill:teacher=FOLDER."""
-    [(variant, config, command)] = compare.plan(["distill:teacher=out/chain-grpo-0"], [], 0, 1)
+    [arm] = compare.plan(["distill:teacher=out/chain-grpo-0"], [], 0, 1)
+    [(_, config, command, _)] = arm.stages
     assert config.teacher == "out/chain-grpo-0" and "--teacher=out/chain-grpo-0" in command
     assert config.out_dir == "out/chain-distill-teacher-out-chain-grpo-0-0"
     again = train.flags.parse(command, train.ALGORITHMS, GPTConfig)
