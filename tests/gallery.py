@@ -344,7 +344,8 @@ BUGS = [
         "second distribution)",
         "return (logp.exp() * (logp - logq)).sum(-1)",
         'return nn.functional.kl_div(logp, logq, reduction="none", log_target=True).sum(-1)',
-        "identities/test_distill_math.py::test_the_kls_of_the_tokens_add_up_to_the_kl_of_the_answers",
+        "identities/test_distill_math.py::"
+        "test_the_kls_of_the_tokens_add_up_to_the_kl_of_the_answers",
         "modelscope/twinkle#112, pytorch/pytorch#57459"),
     Bug("distill.py", "the advantage is differentiated as well: an entropy bonus that nobody asked "
         "for",
