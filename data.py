@@ -179,8 +179,9 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
     """Sample answers to every example's prompt and reward them: num_generations each (None: as the
     algorithm's config says).
 
-    Returns a batch as collate makes it, its B rows in groups, example by example, with two more
-    fields, rewards (B,) and truncated (B,): True where an answer ran out of tokens.
+    Returns a batch as collate makes it, its B rows in groups, example by example, with more fields,
+    all (B,): rewards, the total; rewards/<name>, each reward by itself; truncated, True where an
+    answer ran out of tokens.
     """
     config, tokenizer = algo.config, algo.tokenizer
     G = config.num_generations if num_generations is None else num_generations
@@ -203,7 +204,8 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
     prompt_index = torch.arange(len(examples), device=model.device).repeat_interleave(G)
     return {**prompts, "completion_ids": samples.completion_ids,
             "completion_mask": samples.completion_mask, "prompt_index": prompt_index,
-            "rewards": total.to(model.device), "truncated": samples.truncated}
+            "rewards": total.to(model.device), "truncated": samples.truncated,
+            **{f"rewards/{name}": reward.to(model.device) for name, reward in each.items()}}
 
 
 def choose_pairs(rewards, uniforms, pair_selection="random", accepted=None):

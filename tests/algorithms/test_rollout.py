@@ -122,6 +122,8 @@ def test_a_rollout_worked_by_hand():
     assert [TOKENIZER.decode(ids[mask].tolist()) for ids, mask in rows] == TEXTS
     assert batch["completion_mask"].sum(-1).tolist() == [2, 6, 2, 2]
     assert batch["rewards"].tolist() == [0, 1, 0, 0]
+    assert batch["rewards/format"].tolist() == [0, 1, 0, 0]            # and each by itself
+    assert batch["rewards/brevity"].tolist() == pytest.approx([-1 / 22, -5 / 22, -1 / 22, -2 / 22])
     assert batch["truncated"].tolist() == [False, False, False, True]
     assert log.totals == {"sampled_tokens": 12}
     assert log.means == {
