@@ -23,10 +23,15 @@ weight and the share of tokens whose weight is nearly 0: a loss of .1 at a nll o
     dft_sequence   pi(y|x), the product over the answer              the same, eq. 8
     power          p^alpha: the gradient of (1 - p^alpha) / alpha    2510.00526; 0: SFT, 1: DFT
     chord          p (1 - p): neither the known nor the hopeless     2508.11408, phi
+    prift          pi_ref(y_t), of the start model: it stands still  2606.09396, its "prob"
     iw_sft         (pi / pi_ref)^iw_temperature, clipped             2507.12856
     psft           pi / pi_old, clipped as in PPO with advantage 1   2508.17784
     asft           dft, plus anchor_coef KL(pi_ref || pi)            2509.23753
     gem            pulled up only against what the model prefers     2408.16673
+
+DFT's weight chases itself: what has become likelier weighs more, so that in the end one token takes
+all. PriFT's is DFT's at the start and does not move. With fixed weights a loss is SFT on reweighted
+data, and rests where pi is proportional to pi_ref x data, token by token: what both believe.
 """
 
 import copy
@@ -44,8 +49,8 @@ from harness.flags import Settings, flag
 @dataclass
 class DFTConfig(Settings):
     """dft: imitate demonstrations, token by token as the model believes them"""
-    loss_type: Literal["dft", "dft_sequence", "power", "chord", "iw_sft", "psft", "asft", "gem"] = \
-        flag("dft", "how a token is weighted; the table above")
+    loss_type: Literal["dft", "dft_sequence", "power", "chord", "prift", "iw_sft", "psft", "asft",
+                       "gem"] = flag("dft", "how a token is weighted; the table above")
     alpha: float = flag(0.5, "power: 0 is SFT, 1 is DFT (0 to 3)", at_least=0)
     iw_temperature: float = flag(1.0, "iw_sft: exponent of the importance weight (0 to 1)",
                                  at_least=0)
@@ -86,11 +91,13 @@ def imitation_weights(logprobs, completion_mask, loss_type="dft", alpha=0.5, ref
         return (alpha * logprobs).exp()
     if loss_type == "chord":
         return p * (1 - p)
+    if loss_type == "prift":    # a belief that training does not change
+        return ref_logprobs.exp()
     if loss_type == "iw_sft":   # answers that the policy has moved towards count more
         log_ratio = ((logprobs - ref_logprobs) * completion_mask).sum(-1, keepdim=True)
         return (iw_temperature * log_ratio).exp().clamp(max=iw_max).expand_as(p)
     raise ValueError(f"loss_type {loss_type!r}: choose from dft, dft_sequence, power, chord, "
-                     "iw_sft, asft (psft and gem have losses of their own)")
+                     "prift, iw_sft, asft (psft and gem have losses of their own)")
 
 
 def psft_loss(logprobs, old_logprobs, epsilon_high=0.28):
@@ -164,7 +171,7 @@ class DFT(nn.Module):
         batch = {**batch, "weights": weights}
         if self.config.loss_type == "psft":
             batch["old_logprobs"] = self.score(self.old_model, batch)
-        if self.config.loss_type == "iw_sft":
+        if self.config.loss_type in ("iw_sft", "prift"):
             batch["ref_logprobs"] = self.score(self.ref_model, batch)
         return [batch]
 

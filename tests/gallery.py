@@ -153,6 +153,11 @@ BUGS = [
         "return logprobs.sum(-1, keepdim=True).exp().expand_as(p)",
         "identities/test_dft_math.py::test_weights_of_whole_answers_worked_example",
         "2508.05629, eq. 8"),
+    Bug("dft.py", "PriFT with the weight of the policy in training: it is DFT again, and chases "
+        "itself",
+        "return ref_logprobs.exp()\n",
+        "return p\n",
+        "identities/test_prift.py::test_prift_rests_where_data_and_belief_agree", "2606.09396"),
     Bug("dft.py", "the clip also covers tokens that have fallen: they are never pulled up again",
         "return -ratio.clamp(max=1 + epsilon_high)",
         "return -ratio.clamp(1 - epsilon_high, 1 + epsilon_high)",

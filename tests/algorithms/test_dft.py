@@ -17,7 +17,7 @@ from harness.log import Log
 from tiny import (DEMONSTRATIONS, check_invariance, loss_and_gradient, make, make_sft,
                   minibatches, move, read, same, same_results, same_weights, tiny_model, update)
 
-LOSS_TYPES = ["dft", "dft_sequence", "power", "chord", "iw_sft", "psft", "asft", "gem"]
+LOSS_TYPES = ["dft", "dft_sequence", "power", "chord", "prift", "iw_sft", "psft", "asft", "gem"]
 SETTINGS = {"power": dict(alpha=0.3), "iw_sft": dict(iw_temperature=0.7, iw_max=1.2),
             "psft": dict(epsilon_high=0.1), "asft": dict(anchor_coef=0.4),
             "gem": dict(gem_temperature=0.6)}
@@ -80,6 +80,8 @@ def potential(algo, batch):
         values = -p ** config.alpha / config.alpha
     elif config.loss_type == "chord":
         values = p ** 2 / 2 - p
+    elif config.loss_type == "prift":
+        values = -batch["ref_logprobs"].exp() * lp
     elif config.loss_type == "gem":                                  # whose q is softmax(z / b)
         b = config.gem_temperature
         values = b * (logits / b).logsumexp(-1) - logits.gather(-1, ids)[..., 0]
@@ -189,7 +191,7 @@ def test_loss_and_metrics_against_a_direct_computation(learned, loss_type):
             p, ratio = math.exp(lp), math.exp(lp - old[token].item())
             weight = {"dft": p, "asft": p, "dft_sequence": math.exp(sum(lps)),
                       "power": p ** config.alpha, "chord": p * (1 - p),
-                      "iw_sft": min(iw, config.iw_max),
+                      "prift": math.exp(ref[token].item()), "iw_sft": min(iw, config.iw_max),
                       "psft": ratio * (ratio < 1 + config.epsilon_high), "gem": 1}[loss_type]
             loss, kl = -weight * lp, (ref.exp() * (ref - row)).sum().item()
             if loss_type == "psft":

@@ -18,7 +18,7 @@ from rm import RM
 from sft import SFT
 from tiny import DEMONSTRATIONS, PAIRS, Letters, move, texts, tiny_model
 
-DFT_LOSSES = ["dft", "dft_sequence", "power", "chord", "iw_sft", "psft", "asft", "gem"]
+DFT_LOSSES = ["dft", "dft_sequence", "power", "chord", "prift", "iw_sft", "psft", "asft", "gem"]
 PAIR_LOSSES = ["sigmoid", "robust", "hinge", "ipo", "cpo", "simpo", "orpo"]
 
 
