@@ -36,9 +36,22 @@ Which flags make which published method (defaults otherwise):
     RLOO (2402.14740)      --advantage rloo --scale_rewards none --loss_type dr_grpo
     ReMax (2310.10505)     --advantage remax --scale_rewards none --loss_type dr_grpo
     REINFORCE              --advantage reinforce --scale_rewards none --loss_type dr_grpo
+    MaxRL (2602.02710)     --scale_rewards mean --loss_type dr_grpo
+    GDPO (2601.05242)      --multi_objective_aggregation normalize_then_sum, with several --reward
+    PSR, NSR (2506.01347)  --advantage_sign positive or negative   (there without a baseline, and
+                           with rewards of +1 and -1)
+    Clip-Cov (2505.22617)  --covariance clip --num_minibatches 8 --epsilon 1
+    KL-Cov (2505.22617)    --covariance kl --num_minibatches 8 --epsilon 1
 
-The last three carry a factor that their papers lack: dr_grpo divides the sum over an answer's
-tokens by the constant L = max_new_tokens. Adam does not care; max_grad_norm acts L times later.
+The survey (2603.13985, section 3.2) names GRPO, ReMax, RLOO, Clip-Cov and KL-Cov; MaxRL and GDPO
+it does not, and PSR and NSR have not been seen in it.
+
+With dr_grpo the losses of RLOO, ReMax, REINFORCE and MaxRL carry a factor that their papers lack:
+the sum over an answer's tokens is divided by the constant L = max_new_tokens. Adam does not care;
+max_grad_norm acts L times later.
+
+"Why does --covariance kl change nothing?" Its KL to pi_old is 0, and flat, as long as the policy is
+pi_old. It acts from the second update of a batch on, so one update a batch is refused.
 """
 
 import copy
@@ -59,11 +72,14 @@ class GRPOConfig(Sampling):
     """grpo: compare an answer with its group"""
     advantage: Literal["group", "rloo", "remax", "reinforce"] = flag(
         "group", "baseline: the group's mean, the others' mean, the greedy answer's reward, none")
-    scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by whose standard deviation")
-    std_correction: int = flag(1, "1: sample standard deviation (as TRL), 0: population",
-                               at_least=0, at_most=1)
+    scale_rewards: Literal["group", "batch", "mean", "none"] = flag(
+        "group", "divide advantages by whose standard deviation; mean: by the group's mean (MaxRL)")
+    std_correction: int = flag(1, "1: of a sample (as TRL), 0: population", at_least=0, at_most=1)
     advantage_eps: float = flag(1e-4, "added to the standard deviation", at_least=0)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = flag(
+        "sum_then_normalize", "several rewards: normalise their sum, or each by itself (GDPO)")
+    advantage_sign: Literal["both", "positive", "negative"] = flag(
+        "both", "train on all advantages, or on those of one sign alone")
     loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo"] = flag(
         "dapo", "how token losses are averaged (and clipped)")
     importance_sampling_level: Literal["token", "sequence"] = flag(
@@ -76,6 +92,12 @@ class GRPOConfig(Sampling):
     beta: float = flag(0.0, "coefficient of the KL to the start model (0 to 0.1)", at_least=0)
     use_bias_correction_kl: bool = flag(False, "k3 times the ratio, which has the KL's gradient")
     entropy_coef: float = flag(0.0, "coefficient of the entropy bonus (0 to 0.01)")
+    covariance: Literal["none", "clip", "kl"] = flag(
+        "none", "tokens of large covariance: drop their gradient, or tie them to pi_old")
+    cov_share: float = flag(0.01, "share of tokens so treated (2e-4 to 0.1)", above=0, at_most=1)
+    cov_low: float = flag(1.0, "clip: smallest covariance of such a token")
+    cov_high: float = flag(5.0, "clip: largest covariance of such a token")
+    cov_kl_coef: float = flag(1.0, "kl: coefficient of KL(pi_old || pi)", at_least=0)
     mask_truncated_completions: bool = flag(False, "leave answers that ran out of tokens out of "
                                                    "the loss")
     max_steps: int = 60
@@ -87,21 +109,37 @@ class GRPOConfig(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        alone = self.num_generations == 1
-        if alone and (self.advantage in ("group", "rloo") or self.scale_rewards == "group"):
-            raise InputError("--num_generations 1 leaves a group nothing to compare with: raise "
-                             "it, or use --advantage reinforce (or remax) with --scale_rewards "
-                             "none (or batch)")
-        if self.advantage in ("remax", "reinforce") and self.scale_rewards == "group":
-            raise InputError(f"--advantage {self.advantage} needs --scale_rewards none or batch: "
-                             "without the group's mean, a group of equal rewards would be divided "
-                             "by a deviation of 0")
-        if self.advantage == "remax" and "majority" in self.reward.split(","):
-            raise InputError("--advantage remax rewards one greedy answer by itself, which is "
-                             "always its own --reward majority: use --advantage group or rloo")
-        if self.num_minibatches > self.batch_size:
-            raise InputError(f"--num_minibatches {self.num_minibatches}: a batch of --batch_size "
-                             f"{self.batch_size} groups does not make so many parts")
+        unit, names = self.scale_rewards, self.reward.split(",")
+        # Whether a reward may be below 0. (1e-2 is a weight above 0.)
+        signed = {"brevity", "model"} & {*names} or "-" in self.reward_weights.replace("e-", "")
+        for wrong, message in (
+            (self.num_generations == 1 and (unit == "group" or self.advantage in ("group", "rloo")),
+             "--num_generations 1 leaves a group nothing to compare with: raise it, or use "
+             "--advantage reinforce (or remax) with --scale_rewards none (or batch)"),
+            # Without the group's mean, equal rewards would be divided by a deviation of 0.
+            (self.advantage in ("remax", "reinforce") and unit == "group",
+             f"--advantage {self.advantage} needs --scale_rewards none or batch (or mean)"),
+            (self.advantage == "remax" and "majority" in names,
+             "--advantage remax makes one answer its own --reward majority: use group or rloo"),
+            (unit == "mean" and signed,
+             "--scale_rewards mean needs rewards of at least 0: verifier, format or majority"),
+            (self.multi_objective_aggregation == "normalize_then_sum"
+             and (len(names) == 1 or unit != "group"),
+             "--multi_objective_aggregation normalize_then_sum needs two rewards or more, and "
+             "--scale_rewards group, by which each is normalised"),
+            (self.advantage_sign == "negative" and self.advantage == "reinforce" and not signed,
+             "--advantage_sign negative: no such reward is below 0; use --advantage group"),
+            (self.covariance == "kl" and self.num_iterations * self.num_minibatches == 1,
+             "--covariance kl acts from a batch's second update on: raise --num_minibatches"),
+            (self.covariance == "clip" and self.importance_sampling_level == "sequence",
+             "--covariance clip drops tokens: use --importance_sampling_level token"),
+            (self.cov_low >= self.cov_high, "--cov_low must be below --cov_high"),
+            (self.num_minibatches > self.batch_size,
+             f"--num_minibatches {self.num_minibatches}: a batch of --batch_size "
+             f"{self.batch_size} groups does not make so many parts"),
+        ):
+            if wrong:
+                raise InputError(message)
 
 
 # -- pure functions -------------------------------------------------------------------------------
@@ -113,7 +151,14 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
 
     Worked example, rewards [1, 0, 0, 0]: mean 1/4; minus the mean [.75, -.25, -.25, -.25]; sample
     standard deviation .5; advantages [1.5, -.5, -.5, -.5]. RLOO compares with the mean of the other
-    three: [1, -1/3, -1/3, -1/3], which is 4/3 of the above before the division.
+    three: [1, -1/3, -1/3, -1/3], which is 4/3 of the above before the division. Divided by the
+    mean, as MaxRL does: [3, -1, -1, -1].
+
+    MaxRL (2602.02710): with rewards 0 and 1, p the chance of a 1 and K answers, the expected
+    gradient of (R - mean) / mean is the sum over k < K of 1/k grad pass@k, which goes to that of
+    log p as K grows: between the policy gradient (K = 2) and imitation of the right answers. With
+    advantage reinforce, R / mean, the sum is over k <= K. A group whose mean is 0, or below, is
+    left at 0: dividing by a negative mean would reinforce the worse answers.
 
     For group and rloo, a group whose rewards are all equal teaches nothing and gets exactly 0. It
     is recognised by max = min: the mean of equal floats need not be that float, and a residue of
@@ -137,7 +182,89 @@ def group_advantages(rewards, advantage="group", scale_rewards="group", std_corr
         centred = torch.where(flat, centred, centred / (std + advantage_eps))
     elif scale_rewards == "batch" and rewards.max() > rewards.min():
         centred = centred / (rewards.std(correction=std_correction) + advantage_eps)
+    elif scale_rewards == "mean":
+        mean = rewards.mean(1, keepdim=True)                                    # (P, 1)
+        centred = centred / torch.where(mean > 0, mean, torch.inf)
     return centred.masked_fill(flat, 0) if advantage in ("group", "rloo") else centred
+
+
+def batch_advantages(batch, config, names, weights, dtype):
+    """The advantages (B,) of a batch: of its "rewards", or with normalize_then_sum of each of its
+    "rewards/<name>" (B,), added by their weights and divided by the deviation of the batch (GDPO,
+    2601.05242, eq. 4-6). Of these the ones of advantage_sign; the others become 0.
+
+    Worked example, two groups of two answers. In the first the better one earns 1 of one reward, in
+    the second 1 of both. The sums are [1, 0] and [2, 0]; normalised, both are [.71, -.71]: the
+    difference is lost. Each reward normalised by itself and added: [.71, -.71] and [1.41, -1.41];
+    over the deviation of these four, 1.29: [.55, -.55] and [1.10, -1.10].
+
+    Eq. 6 takes the batch's mean off as well. It is 0, for each group adds up to 0; its rounding
+    error would give every flat group an advantage.
+
+    The gradients of positive and of negative advantages alone (2506.01347) add up to that of both.
+    The positive ones imitate the better answers, as RFT does. The negative ones take from the worse
+    answers, and the softmax gives it to all others in proportion. In expectation the two point the
+    same way; with rewards 0 and 1 the first weighs a prompt by how often it fails, the second by
+    how often it succeeds.
+    """
+    several, total = config.multi_objective_aggregation == "normalize_then_sum", 0
+    each = zip([f"/{name}" for name in names], weights) if several else [("", 1)]
+    for name, weight in each:
+        rewards = batch["rewards" + name].view(-1, config.num_generations).to(dtype)   # (P, G)
+        total = total + weight * group_advantages(
+            rewards, config.advantage, config.scale_rewards, config.std_correction,
+            config.advantage_eps, batch.get("prompt_greedy_rewards"))
+    if several and total.any():
+        total = total / (total.std(correction=config.std_correction) + config.advantage_eps)
+    signs = {"both": total, "positive": total.clamp(min=0), "negative": total.clamp(max=0)}
+    return signs[config.advantage_sign].flatten()
+
+
+def token_covariances(logprobs, advantages, completion_mask):
+    """(log pi(y_t) - mean) (A - mean) of each token, the means over the tokens of the batch
+    (2505.22617). logprobs, mask (B, T); advantages (B,) -> (B, T), 0 on padding
+
+    To first order a step of size eta lowers the entropy by eta times the mean of these: likely
+    tokens that are praised and unlikely ones that are blamed make it fall. Worked example,
+    probabilities .8 and .2, advantages 1 and -1: log-probabilities .69 above and below their mean,
+    both covariances .69. With the advantages exchanged both are -.69, and the entropy grows.
+    """
+    A, mask = advantages[:, None].expand_as(logprobs), completion_mask          # (B, T)
+    return ((logprobs - logprobs[mask].mean()) * (A - A[mask].mean())).masked_fill(~mask, 0)
+
+
+def restrained_tokens(logprobs, batch, config):
+    """Which tokens Clip-Cov or KL-Cov treat: cov_share of the batch's, but at least one, if there
+    is one that may be. logprobs (B, T); the batch with its advantages -> (B, T) bool. (2505.22617)
+
+    clip: at random, by the batch's random numbers "uniforms" (B, T), among those whose covariance
+    lies between cov_low and cov_high. kl: those with the largest covariance, if it is above 0, and
+    any that equal the last of them.
+
+    The paper's shares, 2e-4 and 2e-3, are of batches a thousand times as large: a batch here has a
+    few thousand tokens, of which 2e-4 is one or none.
+    """
+    mask, number = batch["completion_mask"], int(config.cov_share * batch["completion_mask"].sum())
+    covariances = token_covariances(logprobs, batch["advantages"], mask)        # (B, T)
+    may_be, rank = mask & (covariances > 0), covariances
+    if config.covariance == "clip":
+        rank = batch["uniforms"]
+        may_be = mask & (covariances > config.cov_low) & (covariances < config.cov_high)
+    rank = rank.masked_fill(~may_be, -torch.inf)
+    return may_be & (rank >= rank.flatten().topk(max(number, 1)).values[-1])
+
+
+def restrain(losses, logprobs, old_logprobs, restrained, config):
+    """The losses with the restrained tokens' dropped (clip), or with cov_kl_coef KL(pi_old || pi)
+    added to them (kl). losses, logprobs, old_logprobs, restrained (B, T) -> (B, T)
+
+    The KL is estimated on the tokens that pi_old wrote, by k3 the other way round: ratio - 1 - log
+    ratio, whose expected value and gradient are the KL's own; both are 0 at pi = pi_old. (The
+    authors' code takes |log ratio| in its place, and has no clip where it does.)
+    """
+    if config.covariance == "clip":
+        return losses.masked_fill(restrained, 0)
+    return losses + config.cov_kl_coef * (k3(old_logprobs, logprobs) * restrained)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, completion_mask, epsilon=0.2, epsilon_high=None,
@@ -211,6 +338,18 @@ def token_weights(completion_mask, loss_type="grpo", max_completion_length=None)
     return mask / mask.sum().clamp(min=1)
 
 
+def rows_with_gradient(batch):
+    """The rows (indices) of a batch that have a gradient: those with a token and an advantage.
+
+    The others have been counted in the weights and may be left out, which saves time and changes
+    nothing. One row stays where all are 0: an update without a gradient is still a step of Adam, on
+    its momentum.
+    """
+    keep = (batch["advantages"] != 0) & batch["completion_mask"].any(-1)
+    keep[0] |= ~keep.any()
+    return keep.nonzero().squeeze(-1)
+
+
 # -- the class that the loop drives ---------------------------------------------------------------
 
 
@@ -241,33 +380,32 @@ class GRPO(nn.Module):
             greedy = data.rollout(self.model, self, examples, None, None, 1, temperature=0)
             log.sum("sampled_tokens", int(greedy["completion_mask"].sum()))
             batch["prompt_greedy_rewards"] = greedy["rewards"]                  # (P,)
+        if self.config.covariance == "clip":   # random numbers that pick among the tokens
+            batch["uniforms"] = torch.rand(batch["completion_ids"].shape, generator=generator,
+                                           device=self.model.device)            # (B, T)
         return batch
 
     def minibatches(self, batch, log):
         """What is each token worth? What its answer is worth beside its group. num_iterations
-        passes over num_minibatches parts, of equal size to within one group."""
+        passes over num_minibatches parts, of nearly equal size."""
         config, dtype, batch = self.config, self.model.dtype, dict(batch)
         rewards = batch["rewards"].view(-1, config.num_generations).to(dtype)   # (P, G)
-        batch["advantages"] = group_advantages(
-            rewards, config.advantage, config.scale_rewards, config.std_correction,
-            config.advantage_eps, batch.get("prompt_greedy_rewards")).flatten()  # (B,)
+        batch["advantages"] = batch_advantages(batch, config, self.rewards.functions,
+                                               self.rewards.weights, dtype)     # (B,)
         log.mean("frac_reward_zero_std", rewards.max(1).values == rewards.min(1).values)
         if config.num_generations > 1:
             log.mean("reward_std", rewards.std(1))
         if config.mask_truncated_completions:
             batch["completion_mask"] = batch["completion_mask"] & ~batch["truncated"][:, None]
+        if config.covariance != "none":   # settled for the whole batch, at the policy that sampled
+            batch["restrained"] = restrained_tokens(self.score(self.model, batch), batch, config)
         rows, parts = torch.arange(len(batch["rewards"]), device=self.model.device), []
         for groups in rows.view_as(rewards).tensor_split(config.num_minibatches):
             part = data.take_rows(batch, groups.flatten())
             part["weights"] = token_weights(part["completion_mask"].to(dtype), config.loss_type,
                                             self.task.max_new_tokens)           # (b, T)
-            if config.beta == 0 and config.entropy_coef == 0:
-                # A row whose advantage is 0 has no gradient. It has been counted in the weights and
-                # is left out now, which saves time and changes nothing. (One row stays where all
-                # are 0: an update without a gradient is still a step of Adam, on its momentum.)
-                keep = (part["advantages"] != 0) & part["completion_mask"].any(-1)
-                keep[0] |= ~keep.any()
-                part = data.take_rows(part, keep.nonzero().squeeze(-1))
+            if config.beta == config.entropy_coef == 0 and config.covariance != "kl":
+                part = data.take_rows(part, rows_with_gradient(part))
             if config.num_iterations * config.num_minibatches > 1:
                 # pi_old: scored once, before anything moves, by the forward pass of training, so
                 # that the first ratio is exactly 1. (The sampler's differ in the last bits.)
@@ -300,6 +438,9 @@ class GRPO(nn.Module):
         losses, ratio, clipped = policy_loss(logprobs, old_logprobs, batch["advantages"], mask,
                                              config.epsilon, config.epsilon_high, config.loss_type,
                                              config.importance_sampling_level)
+        if config.covariance != "none":
+            losses = restrain(losses, logprobs, old_logprobs, batch["restrained"], config)
+            log.mean("frac_restrained", batch["restrained"], mask)
         with torch.set_grad_enabled(config.entropy_coef != 0):
             entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)              # (B, T)
         losses = losses - config.entropy_coef * entropy

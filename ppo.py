@@ -53,24 +53,17 @@ from tasks import Rewards
 @dataclass
 class PPOConfig(Sampling):
     """ppo: compare a token with what the critic expected"""
-    kl_coef: float = flag(0.05, "coefficient of the KL to the start model, in the reward "
-                                "(0 to 0.2)", at_least=0)
+    kl_coef: float = flag(0.05, "coefficient of the KL, in the reward (0 to 0.2)", at_least=0)
     gamma: float = flag(1.0, "discount per token (1: none)", at_least=0, at_most=1)
-    lam: float = flag(0.95, "GAE: 1 trusts the outcome, 0 the critic (0.9 to 1)",
-                      at_least=0, at_most=1)
+    lam: float = flag(0.95, "GAE: 1 trusts rewards, 0 the critic (0.9 to 1)", at_least=0, at_most=1)
     epsilon: float = flag(0.2, "clip range of the ratio (0.1 to 0.3; TRL: cliprange)", at_least=0)
-    epsilon_value: float = flag(0.2, "how far a value may move from the old one; 0: anywhere (TRL: "
-                                     "cliprange_value)", at_least=0)
-    vf_coef: float = flag(0.5, "weight of the critic's loss; the networks are apart, so it hardly "
-                               "matters", at_least=0)
-    num_iterations: int = flag(2, "passes over each batch (1 to 4; TRL: num_ppo_epochs)",
-                               at_least=1)
-    num_minibatches: int = flag(1, "updates per pass (1 to 8; TRL: num_mini_batches)", at_least=1)
-    target_kl: float = flag(0.1, "no further pass once pi is so far from pi_old (0.01 to 0.1); 0: "
-                                 "do not look", at_least=0)
+    epsilon_value: float = flag(0.2, "how far a value may move from V_old; 0: anywhere", at_least=0)
+    vf_coef: float = flag(0.5, "weight of the critic's loss; matters little", at_least=0)
+    num_iterations: int = flag(2, "passes over each batch (1 to 4)", at_least=1)
+    num_minibatches: int = flag(1, "updates per pass (1 to 8)", at_least=1)
+    target_kl: float = flag(0.1, "no pass beyond this KL to pi_old (.01 to .1); 0: any", at_least=0)
     whiten_advantages: bool = flag(True, "advantages of the batch's tokens to mean 0, variance 1")
-    missing_eos_penalty: float = flag(0.0, "taken off the score of an answer without <end> "
-                                           "(0 to 1)", at_least=0)
+    missing_eos_penalty: float = flag(0.0, "taken off where <end> is missing (0 to 1)", at_least=0)
     bootstrap_truncated_completions: bool = flag(False, "see above")
     mask_truncated_completions: bool = flag(False, "leave answers that ran out of tokens out of "
                                                    "the loss")
@@ -83,9 +76,8 @@ class PPOConfig(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        truncation = self.bootstrap_truncated_completions + self.mask_truncated_completions \
-            + (self.missing_eos_penalty > 0)
-        if truncation > 1:
+        if sum((self.bootstrap_truncated_completions, self.mask_truncated_completions,
+                self.missing_eos_penalty > 0)) > 1:
             raise InputError("--missing_eos_penalty, --bootstrap_truncated_completions and "
                              "--mask_truncated_completions exclude each other")
         if "majority" in self.reward.split(","):
@@ -149,7 +141,9 @@ def policy_loss(logprobs, old_logprobs, advantages, epsilon=0.2):
     been done. Ratio 1.5 with advantage -1 gives +1.5 and a gradient: the clip never protects a
     mistake.
     """
-    A, ratio = advantages, (logprobs - old_logprobs).exp()                      # (B, T)
+    log_ratio = logprobs - old_logprobs                                         # (B, T)
+    ratio = log_ratio.exp()                                                     # (B, T)
+    A = advantages                                                              # (B, T)
     losses = torch.maximum(-A * ratio, -A * ratio.clamp(1 - epsilon, 1 + epsilon))
     clipped = ((ratio > 1 + epsilon) & (A > 0)) | ((ratio < 1 - epsilon) & (A < 0))
     return losses, ratio, clipped
@@ -183,8 +177,7 @@ class PPO(nn.Module):
     rows_together = 1   # each row's loss stands alone
     legend = ("entropy: of the next token   ratio: largest pi/pi_old, exactly 1 in the first pass "
               "over a batch\nvalue loss: the critic's, which has to fall before advantages mean "
-              "anything\nmoved: KL(pi_old || pi) per token before a further pass; beyond target_kl "
-              "that pass is not made")
+              "anything\nmoved: KL(pi_old || pi) before a further pass, not made beyond target_kl")
 
     def __init__(self, config, model, tokenizer, task):
         super().__init__()
@@ -207,11 +200,10 @@ class PPO(nn.Module):
 
     def minibatches(self, batch, log):
         """What is each token worth? What followed it, less what the critic expected. num_iterations
-        passes over num_minibatches parts, of equal size to within one answer."""
+        passes over num_minibatches parts, of nearly equal size."""
         config, dtype, batch = self.config, self.model.dtype, dict(batch)
         if config.mask_truncated_completions:
-            kept = ~batch["truncated"][:, None]                                 # (B, 1)
-            batch = {**batch, "completion_mask": batch["completion_mask"] & kept}
+            batch["completion_mask"] = batch["completion_mask"] & ~batch["truncated"][:, None]
         rows, parts = torch.arange(len(batch["rewards"]), device=self.model.device), []
         for answers in rows.tensor_split(config.num_minibatches):
             part = data.take_rows(batch, answers)

@@ -261,6 +261,36 @@ BUGS = [
         '    elif scale_rewards == "batch":\n',
         "algorithms/test_grpo_settings.py::"
         "test_equal_rewards_have_no_deviation_to_be_divided_by", "NVIDIA-NeMo/RL#4161"),
+    Bug("grpo.py", "divided by a negative mean, advantages change their signs: the worse answers "
+        "are reinforced",
+        "centred = centred / torch.where(mean > 0, mean, torch.inf)",
+        "centred = centred / (mean + advantage_eps)",
+        "identities/test_maxrl.py::test_dividing_by_the_mean_worked_example",
+        "huggingface/trl#5026"),
+    Bug("grpo.py", "several rewards are added and then normalised: an answer that is better by two "
+        "counts as much as one that is better by one",
+        'each = zip([f"/{name}" for name in names], weights) if several else [("", 1)]',
+        'each = [("", 1)]',
+        "identities/test_several_rewards.py::test_two_patterns_that_the_sum_cannot_tell_apart",
+        "2601.05242, eq. 4-6; modelscope/ms-swift#7348, huggingface/trl#4785"),
+    Bug("grpo.py", "the batch's mean, 0 up to rounding, is subtracted: every flat group gets an "
+        "advantage",
+        "        total = total / (total.std(",
+        "        total = (total - total.mean()) / (total.std(",
+        "identities/test_several_rewards.py::"
+        "test_groups_that_are_equal_in_every_reward_get_exactly_zero",
+        "2601.05242, eq. 6, in float32"),
+    Bug("grpo.py", "the means of the covariance include padding: other tokens are restrained, as "
+        "the longest answer decides",
+        "return ((logprobs - logprobs[mask].mean()) * (A - A[mask].mean())).masked_fill(~mask, 0)",
+        "return ((logprobs - logprobs.mean()) * (A - A.mean())).masked_fill(~mask, 0)",
+        "identities/test_covariance.py::test_padding_changes_nothing",
+        "2505.22617: means over the batch's tokens; the same slip as in NovaSky-AI/SkyRL#1305"),
+    Bug("grpo.py", "KL-Cov with one update a batch: its penalty is always 0, and nothing says so",
+        '(self.covariance == "kl" and self.num_iterations * self.num_minibatches == 1,',
+        "(False,",
+        "algorithms/test_grpo_choices.py::test_contradictions_are_refused",
+        "PRIME-RL/Entropy-Mechanism-of-RL#1"),
     Bug("grpo.py", "five updates of six groups are asked for, and three are made without a warning",
         ".tensor_split(config.num_minibatches)",
         ".chunk(config.num_minibatches)",

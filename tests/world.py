@@ -7,7 +7,11 @@ exact numbers and nothing is sampled: the project's own functions get all 15 seq
 weighted by their probabilities, and autograd differentiates the closed form.
 """
 
+import itertools
+
 import torch
+
+import grpo
 
 END, LENGTH = 2, 3
 
@@ -59,6 +63,21 @@ def expected(losses, probabilities):
 def close(a, b, tolerance=1e-9):
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     return torch.allclose(a, b, rtol=0, atol=tolerance)
+
+
+def groups_of(K):
+    """All 15^K groups of K sequences, (15^K, K)."""
+    return torch.tensor(list(itertools.product(range(15), repeat=K)))
+
+
+def group_gradient(advantages, groups, logits):
+    """The exact expectation of the gradient of a group's mean loss, where the policy samples the
+    groups (N, K) and their answers have these advantages (N, K)."""
+    rows, lp = groups.flatten(), token_logprobs(logits)                           # (N K,), (15, 3)
+    losses, _, _ = grpo.policy_loss(lp[rows], lp[rows].detach(), advantages.flatten(), MASK[rows])
+    pi = sequence_logprobs(logits).exp().detach()[groups].prod(1)                 # (N,)
+    weights = pi.repeat_interleave(groups.shape[1]) / groups.shape[1]             # (N K,)
+    return gradient((losses * MASK[rows] * weights[:, None]).sum(), logits)
 
 
 LOGITS = table(0)

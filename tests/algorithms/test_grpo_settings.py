@@ -93,7 +93,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("what, name, choices", [
     ("advantage", "mean", "group, rloo, remax, reinforce"),
-    ("scale_rewards", "std", "group, batch, none"),
+    ("scale_rewards", "std", "group, batch, mean, none"),
     ("loss_type", "sapo", "grpo, dr_grpo, dapo, cispo"),
     ("importance_sampling_level", "seq", "token, sequence"),
     ("loss_type of the weights", "bnpo", "grpo, dr_grpo, dapo, cispo")])

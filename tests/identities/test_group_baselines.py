@@ -3,7 +3,6 @@ Advantages of grpo.py: what baselines and the division by a deviation do in expe
 groups, and by hand; the best of n samples; pass@k.
 """
 
-import itertools
 import math
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import grpo
 import rft
 from harness import evaluate
-from world import GRAD_J, LOGITS, MASK, PI, REWARD, close, gradient, token_logprobs
+from world import GRAD_J, LOGITS, PI, REWARD, close, gradient, group_gradient, groups_of
 
 # -- in expectation -------------------------------------------------------------------------------
 
@@ -20,13 +19,8 @@ from world import GRAD_J, LOGITS, MASK, PI, REWARD, close, gradient, token_logpr
 def expected_group_gradient(rewards, K, **flags):
     """The exact expectation, over all 15^K groups of K samples, of the gradient that the group's
     advantages give."""
-    groups = torch.tensor(list(itertools.product(range(15), repeat=K)))         # (15^K, K)
-    advantages = grpo.group_advantages(rewards[groups], **flags)                # (15^K, K)
-    rows = groups.flatten()
-    lp = token_logprobs(LOGITS)[rows]                                           # (15^K K, 3)
-    losses, _, _ = grpo.policy_loss(lp, lp.detach(), advantages.flatten(), MASK[rows])
-    weights = PI.detach()[groups].prod(1).repeat_interleave(K) / K
-    return gradient((losses * MASK[rows] * weights[:, None]).sum(), LOGITS)
+    groups = groups_of(K)                                                       # (15^K, K)
+    return group_gradient(grpo.group_advantages(rewards[groups], **flags), groups, LOGITS)
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -122,7 +116,7 @@ def test_best_of_n(n):
     """The best of n samples has the law F(r)^n - F(r-)^n, and its KL to the policy is at most
     log n - (n - 1)/n (2401.01879, theorem 1): enumerated over all 15^n groups, chosen by
     rft.kept."""
-    groups = torch.tensor(list(itertools.product(range(15), repeat=n)))         # (15^n, n)
+    groups = groups_of(n)                                                       # (15^n, n)
     chosen = (groups * rft.kept(REWARD[groups], keep="best").long()).sum(1)     # (15^n,)
     weights = PI.detach()[groups].prod(1)
     law = torch.zeros(15, dtype=torch.float64).index_add(0, chosen, weights)

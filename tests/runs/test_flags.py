@@ -44,6 +44,7 @@ class Same(str):
 
 BASE = "--init_from={folder}/other-base"     # where a flag must change more than the base
 FAST = "--learning_rate=0.1"                 # where the policy has to be off the reference
+CLIP = "--covariance=clip --cov_low=0.01"    # the covariances of an untrained model are small
 
 # {flag: [changed value, what else has to be given, what becomes different]}; None: each of its
 # choices; several values: each of them; {folder}: one of this test's own.
@@ -146,6 +147,8 @@ OWN = {
         "scale_rewards": [None],
         "std_correction": ["0"],
         "advantage_eps": ["1"],
+        "multi_objective_aggregation": [None, "--reward=verifier,brevity"],
+        "advantage_sign": [None],
         "loss_type": [None, "--num_iterations=3 " + FAST],
         "importance_sampling_level": [None, "--num_iterations=2 " + FAST],
         "epsilon": ["0.01", f"--num_iterations=2 --epsilon_high=0.2 {FAST}"],
@@ -155,6 +158,11 @@ OWN = {
         "beta": ["1", FAST],
         "use_bias_correction_kl": ["true", "--beta=1 " + FAST],
         "entropy_coef": ["1"],
+        "covariance": [None, "--num_iterations=2 --cov_low=0.01 " + FAST],
+        "cov_share": ["0.5", CLIP],
+        "cov_low": ["0.5", CLIP + " --cov_share=1"],
+        "cov_high": ["0.5", CLIP + " --cov_share=1"],
+        "cov_kl_coef": ["9", "--covariance=kl --num_iterations=2 --cov_share=0.5 " + FAST],
         "mask_truncated_completions": ["true", "--max_new_tokens=40"]},
     "distill": {
         **SAMPLING,
