@@ -1,7 +1,7 @@
 """
-The gallery of bugs (gallery.py): every mistake is put back in memory, and the test that is named
-beside it is run against it and has to fail. A line that is no longer in the source fails as well,
-so that the gallery stays up to date.
+The gallery of bugs (gallery.py, gallery_losses.py): every mistake is put back in memory, and the
+test that is named beside it is run against it and has to fail. A line that is no longer in the
+source fails as well, so that the gallery stays up to date.
 
     python -m pytest tests/algorithms/test_bugs.py -v
 """
@@ -15,7 +15,10 @@ import sys
 import pytest
 
 from conftest import ROOT
-from gallery import BUGS
+from gallery import BUGS as OTHERS
+from gallery_losses import BUGS as LOSSES
+
+BUGS = [*OTHERS, *LOSSES]
 
 # The project's modules and the tests', by the names under which they are imported.
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts)
