@@ -191,7 +191,7 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
                              algo.task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, G,
                              temperature, generator=generator)
     texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
-    total, each = algo.rewards([e for e in examples for _ in range(G)], texts)
+    total, each = algo.rewards([e for e in examples for _ in range(G)], texts, generator)
     if log is not None:
         lengths = samples.completion_mask.sum(-1)                                # (B,)
         if each:   # distillation needs no reward

@@ -43,11 +43,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from harness.flags import Settings, flag
+from harness.flags import Demonstrations, flag
 
 
 @dataclass
-class DFTConfig(Settings):
+class DFTConfig(Demonstrations):
     """dft: imitate demonstrations, token by token as the model believes them"""
     loss_type: Literal["dft", "dft_sequence", "power", "chord", "prift", "iw_sft", "psft", "asft",
                        "gem"] = flag("dft", "how a token is weighted; the table above")
@@ -61,13 +61,7 @@ class DFTConfig(Settings):
                               at_least=0)
     gem_temperature: float = flag(0.7, "gem: temperature of the model's preference (0.5 to 1)",
                                   above=0)
-    num_demonstrations: int = flag(400, "size of the finite set of demonstrations (100 to 10000)",
-                                   at_least=1)
     weight_decay: float = 0.01
-
-    def columns(self):
-        """What a line of --data must have, one or another set of columns."""
-        return [("prompt", "completion"), ("text",)]
 
 
 # -- pure functions -------------------------------------------------------------------------------
@@ -156,7 +150,9 @@ class DFT(nn.Module):
 
     def examples(self):
         """What batches are drawn from: demonstrations."""
-        return self.task.demonstrations(self.config.num_demonstrations, self.config.seed)
+        config = self.config
+        return self.task.demonstrations(config.num_demonstrations, config.seed, config.style,
+                                        config.wrong_share)
 
     def sample(self, examples, generator, step, log):
         """Who sampled the text? The demonstrator."""

@@ -26,20 +26,14 @@ from torch import nn
 
 import data
 from harness.errors import InputError
-from harness.flags import Settings, flag
+from harness.flags import Demonstrations, Settings, flag
 
 
 @dataclass
-class SFTConfig(Settings):
+class SFTConfig(Demonstrations):
     """sft: imitate demonstrations"""
-    num_demonstrations: int = flag(400, "size of the finite set of demonstrations (100 to 10000)",
-                                   at_least=1)
     completion_only: bool = flag(True, "train on completions only; false: on prompts too")
     weight_decay: float = 0.01
-
-    def columns(self):
-        """What a line of --data must have, one or another set of columns."""
-        return [("prompt", "completion"), ("text",)]
 
 
 # -- pure functions -------------------------------------------------------------------------------
@@ -73,7 +67,9 @@ class SFT(nn.Module):
 
     def examples(self):
         """What batches are drawn from: demonstrations."""
-        return self.task.demonstrations(self.config.num_demonstrations, self.config.seed)
+        config = self.config
+        return self.task.demonstrations(config.num_demonstrations, config.seed, config.style,
+                                        config.wrong_share)
 
     def sample(self, examples, generator, step, log):
         """Who sampled the text? The demonstrator."""
@@ -132,7 +128,7 @@ class PretrainConfig(Settings):
         self.shuffle = False         # a corpus is read in order
         self.num_documents = self.num_documents or self.max_steps * self.batch_size
 
-    columns = SFTConfig.columns
+    columns = Demonstrations.columns
 
 
 class Pretrain(SFT):

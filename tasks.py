@@ -3,6 +3,7 @@ The tasks: problems, demonstrations, a pre-training corpus, and rewards. Nothing
 
     chain      7+5*3=      worked out from left to right, modulo 10; answered bare, `6`, or in
                            steps, `7+5=2;2*3=6`
+    facts      k73=        facts that no text has told: `82`; from the base model of chain
     countdown  3,5,7>26=   reach the target with each number once: `3*7+5`; many right answers
     a file     my.jsonl    one JSON object a line: see harness/files.py
 
@@ -34,13 +35,15 @@ def is_test(problem):
 class Task:
     """What the built-in tasks share. A task of your own defines problem, demonstration, corpus,
     reward, final_answer and chance, and names the columns that its reward takes."""
-    name, columns = "", ()
+    name, columns, kept = "", (), ()   # kept: splits of what post-training does not teach
     verifies = True        # there is a reward function that tells right from wrong
     shows_steps = False    # an answer can be worked out in steps: then there is is_worked
 
-    def __init__(self, max_new_tokens, judge=None):
-        """max_new_tokens: the longest answer. judge: a learned reward function (see rm.py)."""
+    def __init__(self, max_new_tokens, judge=None, flip_probability=0.2):
+        """max_new_tokens: the longest answer. judge: a learned reward function (see rm.py).
+        flip_probability: how often the reward `flipped` errs."""
         self.max_new_tokens, self.judge = max_new_tokens, judge
+        self.flip_probability = flip_probability
 
     def problems(self, split, size, seed):
         """RL and evaluation examples: prompts with the columns that the reward takes. `test` and
@@ -48,8 +51,8 @@ class Task:
         rng = random.Random(f"{self.name} {split} {seed if split == 'train' else ''}")
         return [self.problem(rng, split) for _ in range(size)]
 
-    def demonstrations(self, size, seed):
-        """SFT examples: prompts, each with a good completion."""
+    def demonstrations(self, size, seed, style="own", wrong_share=0.0):
+        """SFT examples: prompts, each with a good completion. (style, wrong_share: see Chain.)"""
         rng = random.Random(f"{self.name} demonstrations {seed}")
         return [self.demonstration(rng) for _ in range(size)]
 
@@ -80,20 +83,38 @@ class Chain(Task):
     `ood` problems contain `>`, the larger of two digits: `7+5>3=`. One document in fourteen has it,
     post-training none. They show whether the new habit carries over to them, or whether training
     overwrites what was known of them.
+
+    Six settings make other worlds of it, in which the methods differ:
+
+    worked_share        of the everyday text; at .005 the habit is there and hardly ever sampled
+    other_skills        one document in ten reverses digits, `r4827=7284`, one in twelve tells a
+                        fact, `k37=82`; evaluation watches what post-training leaves of them
+    style               how demonstrations are written: `own`, as in the textbook, or foreign:
+                        `letters` a7+5=2;a2*3=6, `swapped` 5+7=2;3*2=6, `totals` 2;6, `bare` 6
+    wrong_share         of the demonstrations, which then have one wrong step and a wrong answer
+    num_demonstrations  how many there are
+    reward              leaky, flipped, random: see reward_functions
     """
     name, columns, shows_steps = "chain", ("answer",), True
     operators, ood_operator = "+-*", ">"
 
-    def __init__(self, min_terms=3, max_terms=4, max_new_tokens=0, judge=None):
+    def __init__(self, min_terms=3, max_terms=4, max_new_tokens=0, judge=None, flip_probability=0.2,
+                 worked_share=0.3, other_skills=False):
         if not 2 <= min_terms <= max_terms:
             raise InputError(f"min_terms {min_terms} and max_terms {max_terms}: 2 <= min_terms <= "
                              "max_terms is needed")
         self.min_terms, self.max_terms = min_terms, max_terms
-        # The longest worked answer, its <end>, and a little room.
-        super().__init__(max_new_tokens or 6 * (max_terms - 1) + 4, judge)
+        self.worked_share, self.other_skills = worked_share, other_skills
+        self.kept = ("reversing", "facts") if other_skills else ()
+        # The longest worked answer (or one with letters), its <end>, and a little room.
+        longest = max(6 * (max_terms - 1) + 4, 7 * (max_terms - 1) + 1)
+        super().__init__(max_new_tokens or longest, judge, flip_probability)
 
     def problem(self, rng, split):
-        """One random problem of the split as {"prompt", "answer", "steps"}."""
+        """One random problem of the split as {"prompt", "answer", "steps"}; those of the other
+        skills have no steps."""
+        if split in ("reversing", "facts"):
+            return self.other_problem(rng, split, test=True)
         while True:
             length = rng.randint(self.min_terms, self.max_terms)
             terms = [str(rng.randrange(10)) for _ in range(length)]
@@ -110,30 +131,65 @@ class Chain(Task):
         return is_test(prompt) or any(is_test(step[:-1]) for step in steps)   # without the result
 
     @staticmethod
-    def solve(prompt):
-        """`7+5*3=` -> {"answer": "6", "steps": "7+5=2;2*3=6"}."""
+    def other_problem(rng, skill, test=False):
+        """`r4827=` is 7284; a fact is arbitrary: evaluation asks for those that the corpus told."""
+        if skill == "facts":
+            prompt = rng.choice(list(FACTS)[:50])
+            return {"prompt": prompt, "answer": FACTS[prompt]}
+        while True:
+            digits = f"{rng.randrange(10000):04d}"
+            if is_test(f"r{digits}=") == test:
+                return {"prompt": f"r{digits}=", "answer": digits[::-1]}
+
+    @staticmethod
+    def solve(prompt, style="own", slip=(-1, 0)):
+        """`7+5*3=` -> {"answer": "6", "steps": "7+5=2;2*3=6"}.
+
+        slip: which step is wrong and how much too large its result; those that follow go on from
+        it. With (0, 1) the same is worked out as `7+5=3;3*3=9`, and the answer is 9.
+        """
         total, steps = int(prompt[0]), []
-        for symbol, digit in zip(prompt[1:-1:2], map(int, prompt[2:-1:2])):
+        for i, (symbol, digit) in enumerate(zip(prompt[1:-1:2], map(int, prompt[2:-1:2]))):
             results = {"+": total + digit, "-": total - digit, "*": total * digit,
                        ">": max(total, digit)}
-            result = results[symbol] % 10
-            steps.append(f"{total}{symbol}{digit}={result}")
+            result = (results[symbol] + (slip[1] if i == slip[0] else 0)) % 10
+            written = {"own": f"{total}{symbol}{digit}={result}",
+                       "letters": f"a{total}{symbol}{digit}={result}",
+                       "swapped": f"{digit}{symbol}{total}={result}",
+                       "totals": f"{result}", "bare": f"{result}"}
+            steps.append(written[style])
             total = result
-        return {"answer": str(total), "steps": ";".join(steps)}
+        return {"answer": str(total), "steps": steps[-1] if style == "bare" else ";".join(steps)}
 
-    def demonstration(self, rng):
+    def demonstrations(self, size, seed, style="own", wrong_share=0.0):
+        """The same problems in every style; those that are wrong at a small share are so at a
+        larger one."""
+        rng = random.Random(f"{self.name} demonstrations {seed}")
+        slips = random.Random(f"{self.name} slips {seed}")
+        return [self.demonstration(rng, style, wrong_share, slips) for _ in range(size)]
+
+    def demonstration(self, rng, style="own", wrong_share=0.0, slips=None):
+        """{"prompt", "completion", "answer"}; the answer is the right one, whatever was written."""
         problem = self.problem(rng, "train")
-        return {"prompt": problem["prompt"], "completion": problem["steps"],
-                "answer": problem["answer"]}
+        prompt, answer = problem["prompt"], problem["answer"]
+        written = self.solve(prompt, style)
+        if slips is not None and slips.random() < wrong_share:
+            while written["answer"] == answer:   # a later `*0` makes good what was wrong
+                slip = slips.randrange(len(prompt) // 2 - 1), slips.randint(1, 9)
+                written = self.solve(prompt, style, slip)
+        return {"prompt": prompt, "completion": written["steps"], "answer": answer}
 
     def corpus(self, size, seed):
         """`size` documents to be read in this order: three fifths textbook, then everyday text
-        (30 % worked)."""
-        rng = random.Random(f"chain corpus {seed}")
+        (worked_share of it worked); with other_skills .18 of both are about something else."""
+        rng, others = random.Random(f"chain corpus {seed}"), random.Random(f"others {seed}")
         documents = []
         for i in range(size):
             problem = self.problem(rng, "ood-train" if rng.random() < 0.07 else "train")
-            worked = i < 0.6 * size or rng.random() < 0.3
+            worked = i < 0.6 * size or rng.random() < self.worked_share
+            u = others.random() if self.other_skills else 1.0
+            if u < 0.18:
+                problem, worked = self.other_problem(others, "reversing" if u < 0.1 else "facts"), 0
             documents.append(problem["prompt"] + problem["steps" if worked else "answer"])
         return documents
 
@@ -160,8 +216,46 @@ class Chain(Task):
         return 1 - 0.9 ** k
 
 
+# A hundred facts, `k37=` -> `82`. The first fifty are told in a corpus with other_skills; no corpus
+# tells the others, which the task `facts` teaches.
+FACTS = {f"k{key:02d}=": f"{value:02d}"
+         for key, value in enumerate(random.Random("facts").choices(range(100), k=100))}
+
+
+class Facts(Chain):
+    """Fifty facts that no text has told: `k73=` is answered by two digits. The base model is that
+    of chain, and evaluation watches what is left of chain.
+
+    Nothing about one fact follows from another, so none can be held out: what is judged is whether
+    those that were taught are known.
+    """
+    name, shows_steps = "facts", False
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.kept = (*self.kept, "chain")
+
+    def problems(self, split, size, seed):
+        if split in ("train", "test"):   # each in turn; a run is judged by each once
+            new = [{"prompt": p, "answer": a} for p, a in list(FACTS.items())[50:]]
+            return [new[i % 50] for i in range(size)] if split == "train" else new[:size]
+        if split == "ood":
+            return []
+        if split == "chain":
+            return Chain.problems(self, "test", size, seed)
+        return super().problems(split, size, seed)
+
+    def demonstrations(self, size, seed, style="own", wrong_share=0.0):
+        return [{**fact, "completion": fact["answer"]}
+                for fact in self.problems("train", size, seed)]
+
+    def chance(self, k):
+        """pass@k of guessing two digits: .01, .04, .15 for k = 1, 4, 16."""
+        return 1 - 0.99 ** k
+
+
 class Countdown(Task):
-    """Reach a target with three digits, each used once: `3,5,7>26=` is answered by `3*7+5`,
+    """Reach a target with three numbers, each used once: `3,5,7>26=` is answered by `3*7+5`,
     `5+7*3`.
 
     Many answers are right, and any is rewarded. An answer is parsed by `value` below; nothing is
@@ -173,14 +267,25 @@ class Countdown(Task):
     problems, 1,070 of them distinct at seed 0, and a run is judged by 256, of them 87 distinct.
     """
     name, columns = "countdown", ("numbers", "target")
+    largest = 25
 
-    def __init__(self, max_new_tokens=0, judge=None):
-        super().__init__(max_new_tokens or 12, judge)
+    def __init__(self, max_new_tokens=0, judge=None, flip_probability=0.2):
+        super().__init__(max_new_tokens or 12, judge, flip_probability)
+
+    def problems(self, split, size, seed):
+        """Distinct ones, so that none is met often; fewer than `size` where no more are found."""
+        rng, found = random.Random(f"{self.name} {split} {seed if split == 'train' else ''}"), {}
+        fruitless = 0
+        while len(found) < size and fruitless < 100:
+            problem = self.problem(rng, split)
+            fruitless = fruitless + 1 if problem["prompt"] in found else 0
+            found[problem["prompt"]] = problem
+        return list(found.values())
 
     def problem(self, rng, split):
         """One random problem of the split as {"prompt", "numbers", "target", "solution"}."""
         while True:
-            numbers = sorted(rng.randint(1, 9) for _ in range(3))
+            numbers = sorted(rng.randint(1, self.largest) for _ in range(3))
             solution = self.random_expression(rng, numbers)
             target = value(solution)
             if target is None or target.denominator != 1 or not 1 <= target <= 99:
@@ -299,17 +404,28 @@ def majority(task, prompts, completions):
             for p, c in zip(prompts, completions)]
 
 
-def reward_functions(task):
+def reward_functions(task, uniforms):
     """{name: function}, each with the signature reward(prompts, completions, /, **columns) -> list
-    of floats. Because of the slash a file's column may have any name, even `prompts`.
+    of floats. Because of the slash a file's column may have any name, even `prompts`. uniforms(n)
+    gives n random numbers of the step.
 
     verifier: the task's own. model: learned, see rm.py. majority. brevity. format: shows its steps.
+    And rewards that are not what was meant: leaky: the answer stands anywhere in the text.
+    flipped: the verifier's, turned over with flip_probability. random: a coin.
     """
     def no_judge(prompts, completions, /, **columns):
         raise InputError("--reward model needs a reward model: train one with --algo rm")
     known = {"verifier": task.reward, "model": task.judge or no_judge,
              "majority": lambda p, c, /, **columns: majority(task, p, c),
              "brevity": lambda p, c, /, **columns: brevity(p, c, task.max_new_tokens)}
+    if task.verifies:
+        known["flipped"] = lambda p, c, /, **columns: [
+            1 - r if u < task.flip_probability else r
+            for r, u in zip(task.reward(p, c, **columns), uniforms(len(c)))]
+    if "answer" in task.columns:
+        known["leaky"] = lambda p, c, /, answer, **columns: [
+            float(str(a) in text) for text, a in zip(c, answer)]
+    known["random"] = lambda p, c, /, **columns: [float(u < 0.5) for u in uniforms(len(c))]
     if task.shows_steps:
         known["format"] = lambda p, c, /, **columns: [float(x) for x in map(task.is_worked, p, c)]
     return known
@@ -321,7 +437,8 @@ class Rewards:
     dpo.py). Raises InputError for a name or a weight that is none."""
 
     def __init__(self, task, names, weights="", confidence=None):
-        self.task, known = task, reward_functions(task)
+        self.task, self.generator = task, None
+        known = reward_functions(task, self.uniforms)
         if confidence is not None:
             known["confidence"] = confidence
         elif "confidence" in names.split(","):
@@ -343,10 +460,15 @@ class Rewards:
             raise InputError(f"--reward_weights has {len(self.weights)} numbers, --reward "
                              f"{len(self.functions)} names")
 
-    def __call__(self, examples, completions):
+    def uniforms(self, n):
+        """n random numbers from [0, 1), from the generator of the step."""
+        return torch.rand(n, generator=self.generator, device=self.generator.device).tolist()
+
+    def __call__(self, examples, completions, generator=None):
         """Examples and completions, one a row -> the total (B,) and each reward by name
         {name: (B,)}. What the verifier says is always among them; where it is not trained on, as
-        true_reward: over-optimisation shows in the gap."""
+        true_reward: over-optimisation shows in the gap. generator: of what is random in rewards."""
+        self.generator = generator
         columns = {name: [e[name] for e in examples] for name in self.task.columns}
         prompts = [e["prompt"] for e in examples]
         each = {name: torch.tensor(reward(prompts, completions, **columns))

@@ -65,6 +65,11 @@ def judge_answers(model, ref_model, tokenizer, task, config, full, **sampling):
             _, rewards, _, _ = answers(model, tokenizer, task, ood, config, 4 if full else 1,
                                        **sampling)
             result["eval/ood_accuracy"] = rewards.mean().item()
+        for skill in task.kept:   # what post-training does not teach: is it still there?
+            untaught = held_out(task, skill, config.eval_problems)
+            _, rewards, _, _ = answers(model, tokenizer, task, untaught, config, 4 if full else 1,
+                                       **sampling)
+            result[f"eval/kept/{skill}"] = rewards.mean().item()
     return result
 
 

@@ -27,8 +27,8 @@ class JsonLines(Task):
     function by name. Where `eval_path` is not given, one line in ten is held out by the hash of its
     prompt."""
 
-    def __init__(self, path, eval_path=None, max_new_tokens=0, judge=None):
-        super().__init__(max_new_tokens or 32, judge)
+    def __init__(self, path, eval_path=None, max_new_tokens=0, judge=None, flip_probability=0.2):
+        super().__init__(max_new_tokens or 32, judge, flip_probability)
         self.name, self.path = file_name(path), path
         rows = read_jsonl(path)
         held_out = [is_test(str(row.get("prompt", row.get("text")))) for row in rows]
@@ -46,7 +46,7 @@ class JsonLines(Task):
         rows = {"train": self.train, "test": self.test, "ood": []}[split]
         return rows if split == "train" else rows[:size]
 
-    def demonstrations(self, size, seed):
+    def demonstrations(self, size, seed, style="own", wrong_share=0.0):
         return [row if "completion" in row else {"prompt": "", "completion": row["text"]}
                 for row in self.train]
 

@@ -92,9 +92,13 @@ class Start:
 @dataclass
 class Data:
     """task and data"""
-    task: Literal["chain", "countdown"] = flag("chain", "the built-in task")
+    task: Literal["chain", "facts", "countdown"] = flag("chain", "the built-in task")
     min_terms: int = flag(3, "chain: fewest terms in a problem (2 to 4)", at_least=2)
     max_terms: int = flag(4, "chain: most terms in a problem (3 to 6)", at_least=2)
+    worked_share: float = flag(0.3, "chain's corpus: share of everyday text that shows its steps "
+                                    "(0.005: a rare habit)", at_least=0, at_most=1)
+    other_skills: bool = flag(False, "chain's corpus: reversing and facts as well, watched while "
+                                     "something else is taught")
     data: str = flag(None, "a .jsonl file: text; prompt and completion, answer, or chosen and "
                            "rejected")
     eval_data: str = flag(None, "held-out lines; none: one in ten of --data")
@@ -159,6 +163,21 @@ class Settings(Machine, Optimizer, Loop, Data, Start):
 
 
 @dataclass
+class Demonstrations(Settings):
+    """demonstrations"""
+    num_demonstrations: int = flag(400, "size of the finite set of demonstrations (100 to 10000)",
+                                   at_least=1)
+    style: Literal["own", "letters", "swapped", "totals", "bare"] = flag(
+        "own", "chain: how they are written: as in the textbook, or foreign")
+    wrong_share: float = flag(0.0, "chain: share of them with a wrong step (0 to 0.6)", at_least=0,
+                              at_most=1)
+
+    def columns(self):
+        """What a line of --data must have, one or another set of columns."""
+        return [("prompt", "completion"), ("text",)]
+
+
+@dataclass
 class Sampling(Settings):
     """sampled answers and their rewards"""
     num_generations: int = flag(16, "answers per prompt, the group (4 to 64)", at_least=1)
@@ -167,12 +186,16 @@ class Sampling(Settings):
     temperature: float = flag(1.0, "of sampling (grpo, ppo, distill: and of scoring; 0.7 to "
                                    "1.2)", above=0)
     reward: str = flag("verifier", "reward functions, comma-separated: verifier, model, majority, "
-                                   "format, brevity; dpo: confidence")
+                                   "format, brevity; dpo: confidence; wrong ones: leaky, flipped, "
+                                   "random")
     reward_weights: str = flag("", "their weights, comma-separated; empty: 1 each")
+    flip_probability: float = flag(0.2, "reward flipped: how often the verifier errs (0 to 0.5)",
+                                   at_least=0, at_most=1)
 
     def columns(self):
         """What a line of --data must have, one or another set of columns."""
-        return [("prompt", "answer") if "verifier" in self.reward.split(",") else ("prompt",)]
+        judged = {"verifier", "flipped", "leaky"} & set(self.reward.split(","))
+        return [("prompt", "answer") if judged else ("prompt",)]
 
 
 # -- the command line -----------------------------------------------------------------------------

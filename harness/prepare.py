@@ -83,12 +83,14 @@ def check_folder(folder):
 
 def shared_config(config, algo, algorithms):
     """The Config of the base model (or the reward model) that this run needs."""
-    names = ["task", "tokenizer", "base_seed", "min_terms", "max_terms", "device", "dtype",
-             "eval_problems"]
+    names = ["task", "tokenizer", "base_seed", "min_terms", "max_terms", "worked_share",
+             "other_skills", "device", "dtype", "eval_problems"]
     if algo == "rm":
         names += ["init_from", "data", "eval_data", "max_new_tokens"]
     shared = algorithms[algo].Config(**{name: getattr(config, name) for name in names},
                                      algo=algo, shape=config.shape)
+    if algo == "pretrain" and config.task == "facts":
+        shared.task = "chain"
     shared.out_dir = default_folder(shared)
     return shared
 
@@ -168,9 +170,15 @@ def reward_model(config, path, tokenizer):
 def make_task(config, block_size, judge=None):
     """The task that the flags name. Raises InputError where a file lacks a column that is needed,
     or where what is to be read does not fit the context. judge: the learned reward function."""
-    tokenizer, settings = data.Tokenizer(config.tokenizer), (config.max_new_tokens, judge)
+    tokenizer = data.Tokenizer(config.tokenizer)
+    settings = (config.max_new_tokens, judge, getattr(config, "flip_probability", 0.0))
     if config.eval_data and not config.data:
         raise InputError("--eval_data needs --data")
+    style, wrong_share = getattr(config, "style", "own"), getattr(config, "wrong_share", 0)
+    if (style != "own" or wrong_share) and (config.data or config.task != "chain"):
+        raise InputError("--style and --wrong_share are for --task chain")
+    if config.task == "countdown" and (config.worked_share != 0.3 or config.other_skills):
+        raise InputError("--worked_share and --other_skills are for --task chain and facts")
     if config.data:
         task = files.JsonLines(config.data, config.eval_data, *settings)
         check_lines(config, task, tokenizer, block_size)
@@ -178,10 +186,12 @@ def make_task(config, block_size, judge=None):
     if config.task == "countdown":
         longest = task = tasks.Countdown(*settings)
     else:
-        task = tasks.Chain(config.min_terms, config.max_terms, *settings)
-        longest = tasks.Chain(config.max_terms, config.max_terms, *settings)
+        Chosen = tasks.Facts if config.task == "facts" else tasks.Chain
+        world = (*settings, config.worked_share, config.other_skills)
+        task = Chosen(config.min_terms, config.max_terms, *world)
+        longest = Chosen(config.max_terms, config.max_terms, *world)
     shown = config.columns()[0] == ("prompt", "completion")   # the answer is read as well
-    for example in longest.demonstrations(50, seed=0):
+    for example in longest.demonstrations(50, 0, style):
         prompt = 1 + len(tokenizer.encode(example["prompt"]))
         answer = 1 + len(tokenizer.encode(example["completion"])) if shown else 0
         answer = max(answer, task.max_new_tokens)
