@@ -3,7 +3,7 @@ The tasks: problems, demonstrations, a pre-training corpus, and rewards. Nothing
 
     chain      7+5*3=      worked out from left to right, modulo 10; answered bare, `6`, or in
                            steps, `7+5=2;2*3=6`
-    facts      k73=        facts that no text has told: `82`; from the base model of chain
+    facts      k73=        facts that no text has told: `87`; from the base model of chain
     countdown  3,5,7>26=   reach the target with each number once: `3*7+5`; many right answers
     a file     my.jsonl    one JSON object a line: see harness/files.py
 
@@ -88,7 +88,7 @@ class Chain(Task):
 
     worked_share        of the everyday text; at .005 the habit is there and hardly ever sampled
     other_skills        one document in ten reverses digits, `r4827=7284`, one in twelve tells a
-                        fact, `k37=82`; evaluation watches what post-training leaves of them
+                        fact, `k37=51`; evaluation watches what post-training leaves of them
     style               how demonstrations are written: `own`, as in the textbook, or foreign:
                         `letters` a7+5=2;a2*3=6, `swapped` 5+7=2;3*2=6, `totals` 2;6, `bare` 6
     wrong_share         of the demonstrations, which then have one wrong step and a wrong answer
@@ -125,10 +125,14 @@ class Chain(Task):
                 return {"prompt": prompt, **self.solve(prompt)}
 
     def is_held_out(self, prompt):
-        """Whether a problem is a test problem or has one for a step: where there are problems of
-        two terms as well, the step `2*3=6` of a longer one gives the problem `2*3=` away."""
-        steps = self.solve(prompt)["steps"].split(";") if self.min_terms == 2 else []
-        return is_test(prompt) or any(is_test(step[:-1]) for step in steps)   # without the result
+        """Whether a problem is a test problem or has one for a step."""
+        return is_test(prompt) or self.gives_away(prompt)
+
+    def gives_away(self, prompt, slip=(-1, 0)):
+        """Whether a step is a test problem: where there are problems of two terms as well, the step
+        `2*3=6` of a longer one gives the problem `2*3=` away. slip: as in solve."""
+        steps = self.solve(prompt, slip=slip)["steps"].split(";") if self.min_terms == 2 else []
+        return any(is_test(step[:-1]) for step in steps)   # without the result
 
     @staticmethod
     def other_problem(rng, skill, test=False):
@@ -157,27 +161,31 @@ class Chain(Task):
                        "letters": f"a{total}{symbol}{digit}={result}",
                        "swapped": f"{digit}{symbol}{total}={result}",
                        "totals": f"{result}", "bare": f"{result}"}
+            if style not in written:
+                raise ValueError(f"style {style!r}: choose from {', '.join(written)}")
             steps.append(written[style])
             total = result
         return {"answer": str(total), "steps": steps[-1] if style == "bare" else ";".join(steps)}
 
     def demonstrations(self, size, seed, style="own", wrong_share=0.0):
         """The same problems in every style; those that are wrong at a small share are so at a
-        larger one."""
+        larger one, in the same way."""
         rng = random.Random(f"{self.name} demonstrations {seed}")
-        slips = random.Random(f"{self.name} slips {seed}")
-        return [self.demonstration(rng, style, wrong_share, slips) for _ in range(size)]
+        return [self.demonstration(rng, style, wrong_share, random.Random(f"slip {seed} {i}"))
+                for i in range(size)]
 
     def demonstration(self, rng, style="own", wrong_share=0.0, slips=None):
         """{"prompt", "completion", "answer"}; the answer is the right one, whatever was written."""
         problem = self.problem(rng, "train")
         prompt, answer = problem["prompt"], problem["answer"]
-        written = self.solve(prompt, style)
+        slip = (-1, 0)
         if slips is not None and slips.random() < wrong_share:
-            while written["answer"] == answer:   # a later `*0` makes good what was wrong
+            # A later `*0` makes good what was wrong, and the steps after it are other ones.
+            while self.solve(prompt, slip=slip)["answer"] == answer \
+                    or self.gives_away(prompt, slip):
                 slip = slips.randrange(len(prompt) // 2 - 1), slips.randint(1, 9)
-                written = self.solve(prompt, style, slip)
-        return {"prompt": prompt, "completion": written["steps"], "answer": answer}
+        return {"prompt": prompt, "completion": self.solve(prompt, style, slip)["steps"],
+                "answer": answer}
 
     def corpus(self, size, seed):
         """`size` documents to be read in this order: three fifths textbook, then everyday text
@@ -216,7 +224,7 @@ class Chain(Task):
         return 1 - 0.9 ** k
 
 
-# A hundred facts, `k37=` -> `82`. The first fifty are told in a corpus with other_skills; no corpus
+# A hundred facts, `k37=` -> `51`. The first fifty are told in a corpus with other_skills; no corpus
 # tells the others, which the task `facts` teaches.
 FACTS = {f"k{key:02d}=": f"{value:02d}"
          for key, value in enumerate(random.Random("facts").choices(range(100), k=100))}
@@ -241,9 +249,8 @@ class Facts(Chain):
             return [new[i % 50] for i in range(size)] if split == "train" else new[:size]
         if split == "ood":
             return []
-        if split == "chain":
-            return Chain.problems(self, "test", size, seed)
-        return super().problems(split, size, seed)
+        kept = "test" if split == "chain" else split   # the very problems that judge chain
+        return Chain(self.min_terms, self.max_terms).problems(kept, size, seed)
 
     def demonstrations(self, size, seed, style="own", wrong_share=0.0):
         return [{**fact, "completion": fact["answer"]}
@@ -262,9 +269,9 @@ class Countdown(Task):
     ever handed to eval. `ood` problems have targets above 40, which the corpus contains and
     post-training never sees.
 
-    There are few problems: 1,215 distinct ones in the training split and 114 in the test split; out
-    of distribution 206 for the corpus and 20 in the `ood` split. By default RL draws 4,000 training
-    problems, 1,070 of them distinct at seed 0, and a run is judged by 256, of them 87 distinct.
+    Numbers go up to 25. There are 13,957 distinct problems in the training split and 1,596 in the
+    test split; out of distribution 4,752 for the corpus and 537 in the `ood` split. By default RL
+    draws 4,000 of the first, and a run is judged by 256 of the second and 256 of the last.
     """
     name, columns = "countdown", ("numbers", "target")
     largest = 25
@@ -331,13 +338,11 @@ class Countdown(Task):
 
     def chance(self, k, size=256):
         """pass@k of writing down random expressions of the right numbers, on the first `size` test
-        problems: .072, .248, .621 for k = 1, 4, 16. The share of right expressions is counted out,
+        problems: .062, .214, .567 for k = 1, 4, 16. The share of right expressions is counted out,
         because 1 - (1 - p)^k of an estimated p is biased."""
-        total = 0.0
-        for problem in self.problems("test", size, seed=0):
-            p = self.values(tuple(problem["numbers"]))[problem["target"]] / 96
-            total += 1 - (1 - p) ** k
-        return total / size
+        problems = self.problems("test", size, seed=0)
+        shares = [self.values(tuple(p["numbers"]))[p["target"]] / 96 for p in problems]
+        return sum(1 - (1 - p) ** k for p in shares) / len(shares)
 
 
 def value(expression):

@@ -107,6 +107,8 @@ def check(config, algorithms):
     config.out_dir = os.path.normpath(config.out_dir or default_folder(config))
     if config.inspect and config.algo in SHARED:
         raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
+    if config.algo == "pretrain" and config.task == "facts" and not config.data:
+        raise InputError("--task facts starts from the base model of chain: give --task chain")
     check_folder(config.out_dir)
     tokenizer, first = data.Tokenizer(config.tokenizer), []
     path = os.path.join(config.out_dir, "ckpt.pt")
@@ -177,6 +179,9 @@ def make_task(config, block_size, judge=None):
     style, wrong_share = getattr(config, "style", "own"), getattr(config, "wrong_share", 0)
     if (style != "own" or wrong_share) and (config.data or config.task != "chain"):
         raise InputError("--style and --wrong_share are for --task chain")
+    if style == "swapped" and config.min_terms == 2:   # 7+5 swapped is 5+7, which may be a test
+        raise InputError("--style swapped solves other problems of two terms, which may be held "
+                         "out: give --min_terms 3")
     if config.task == "countdown" and (config.worked_share != 0.3 or config.other_skills):
         raise InputError("--worked_share and --other_skills are for --task chain and facts")
     if config.data:
@@ -191,9 +196,10 @@ def make_task(config, block_size, judge=None):
         task = Chosen(config.min_terms, config.max_terms, *world)
         longest = Chosen(config.max_terms, config.max_terms, *world)
     shown = config.columns()[0] == ("prompt", "completion")   # the answer is read as well
-    for example in longest.demonstrations(50, 0, style):
+    kept = [problem for skill in task.kept for problem in longest.problems(skill, 50, 0)]
+    for example in longest.demonstrations(50, 0, style) + kept:
         prompt = 1 + len(tokenizer.encode(example["prompt"]))
-        answer = 1 + len(tokenizer.encode(example["completion"])) if shown else 0
+        answer = 1 + len(tokenizer.encode(example.get("completion", ""))) if shown else 0
         answer = max(answer, task.max_new_tokens)
         if prompt + answer > block_size:
             raise InputError(f"a prompt of {prompt} tokens and {answer} for its answer do not fit "

@@ -61,12 +61,14 @@ def test_countdown_targets():
 
 
 def calculate(a, symbol, b):
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[symbol]
+    if symbol == "/":
+        return Fraction(a) / b
+    return a + b if symbol == "+" else a - b if symbol == "-" else a * b
 
 
 def expressions(numbers):
     """The 96 expressions of three numbers with their values. No parser: products come first."""
-    for a, b, c in itertools.permutations(map(Fraction, numbers)):
+    for a, b, c in itertools.permutations(numbers):
         for x, y in itertools.product("+-*/", repeat=2):
             if x in "+-" and y in "*/":
                 yield f"{a}{x}{b}{y}{c}", calculate(a, x, calculate(b, y, c))
@@ -78,30 +80,41 @@ def expressions(numbers):
 def countdown_problems():
     """Every problem of countdown: {split: {prompt: share of the 96 expressions that are right}}."""
     found = {"train": {}, "test": {}, "ood-train": {}, "ood": {}}
-    for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
-        for target, ways in Counter(v for _, v in expressions(numbers)).items():
+    for numbers in itertools.combinations_with_replacement(range(1, 26), 3):
+        ways = Counter(v for _, v in expressions(numbers))
+        for target, n in ways.items():
             if target.denominator == 1 and 1 <= target <= 99:
                 prompt = "{},{},{}>".format(*numbers) + f"{target}="
                 is_held_out = zlib.crc32(prompt.encode()) % 10 == 0
-                found[split_by_hand(is_held_out, target > 40)][prompt] = Fraction(ways, 96)
+                found[split_by_hand(is_held_out, target > 40)][prompt] = Fraction(n, 96)
     return found
 
 
 def test_how_many_problems_countdown_has(countdown_problems):
-    """1,215 training and 114 test problems, 206 and 20 out of distribution. By default RL draws
-    1,070 of the first and a run is judged by 87 of the second. The docstring says so."""
-    counts = {"train": 1215, "test": 114, "ood-train": 206, "ood": 20}
+    """13,957 training and 1,596 test problems, 4,752 and 537 out of distribution. By default RL
+    draws 4,000 of the first, and 256 of the second and of the last judge a run: all distinct. The
+    docstring says so."""
+    counts = {"train": 13957, "test": 1596, "ood-train": 4752, "ood": 537}
     assert {split: len(found) for split, found in countdown_problems.items()} == counts
-    sizes = {"train": 4000, "test": 256, "ood-train": 500, "ood": 100}
-    drawn = {split: {p["prompt"] for p in Countdown().problems(split, size, 0)}
-             for split, size in sizes.items()}
-    assert len(drawn["train"]) == 1070 and len(drawn["test"]) == 87
-    assert all(prompts <= set(countdown_problems[split]) for split, prompts in drawn.items())
+    sizes = {"train": 4000, "test": 256, "ood-train": 500, "ood": 256}
+    for split, size in sizes.items():
+        drawn = [p["prompt"] for p in Countdown().problems(split, size, 0)]
+        assert len(drawn) == len(set(drawn)) == size
+        assert set(drawn) <= set(countdown_problems[split])
     said = re.findall(r"\d[\d,]*\b", inspect.getdoc(Countdown))
-    assert {"1,215", "114", "206", "20", "4,000", "1,070", "256", "87"} <= set(said)
+    assert {"25", "13,957", "1,596", "4,752", "537", "4,000", "256"} <= set(said)
 
 
-@pytest.mark.parametrize("k, expected", [(1, .0724), (4, .2483), (16, .6211)])
+def test_more_problems_than_there_are():
+    """Of a countdown with the numbers 1, 2 and 3 no more are drawn than it has; the search ends."""
+    task = Countdown()
+    task.largest = 3
+    few = task.problems("test", 100, 0)
+    assert 1 <= len(few) == len({p["prompt"] for p in few}) < 20
+    assert task.chance(1) == task.chance(1, size=len(few)) > 0
+
+
+@pytest.mark.parametrize("k, expected", [(1, .0617), (4, .2145), (16, .5666)])
 def test_chance_of_countdown_is_exact(countdown_problems, k, expected):
     """The mean of 1 - (1 - p)^k over the 256 test problems that judge a run, every p counted."""
     prompts = [p["prompt"] for p in Countdown().problems("test", 256, 0)]
@@ -109,13 +122,15 @@ def test_chance_of_countdown_is_exact(countdown_problems, k, expected):
     exact = float(sum(1 - (1 - p) ** k for p in shares) / 256)
     assert exact == pytest.approx(expected, abs=5e-5)
     assert Countdown().chance(k) == pytest.approx(exact, abs=1e-12)
+    assert f"{exact:.3f}".lstrip("0") in inspect.getdoc(Countdown.chance)
 
 
 def test_chance_of_one_problem_by_hand():
-    """`1,5,8>12=` is met by 5+8-1, 8+5-1, 5-1+8 and 8-1+5 alone: four of 96, one in 24."""
-    assert Countdown().problems("test", 1, 0)[0]["prompt"] == "1,5,8>12="
-    right = {text for text, v in expressions([1, 5, 8]) if v == 12}
-    assert right == {"5+8-1", "8+5-1", "5-1+8", "8-1+5"}
+    """`3,17,21>35=` is met by 21+17-3, 17+21-3, 21-3+17 and 17-3+21 alone: four of 96, one in
+    24."""
+    assert Countdown().problems("test", 1, 0)[0]["prompt"] == "3,17,21>35="
+    right = {text for text, v in expressions([3, 17, 21]) if v == 35}
+    assert right == {"21+17-3", "17+21-3", "21-3+17", "17-3+21"}
     assert Countdown().chance(1, size=1) == pytest.approx(1 / 24)
     assert Countdown().chance(2, size=1) == pytest.approx(1 - (23 / 24) ** 2)
 

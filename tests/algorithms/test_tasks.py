@@ -85,10 +85,10 @@ def test_documents_are_the_corpus_with_an_empty_prompt():
     (Chain(), 3151104650, {"train": "6*4*0= 4+7*6= 1-5-9=", "test": "4*5+9= 0*0*6= 5-3-7*0=",
                            "ood": "2-4>4= 7>4*5= 2+2>6*1=",
                            "ood-train": "7>5*4= 1+0>5+0= 8>1+6="}),
-    (Countdown(), 1587384430, {"train": "2,5,7>14= 1,3,5>16= 2,4,7>10=",
-                               "test": "1,5,8>12= 3,7,8>17= 2,3,3>2=",
-                               "ood": "6,8,9>57= 2,7,9>61= 1,5,9>45=",
-                               "ood-train": "5,6,9>51= 8,8,9>73= 5,6,9>49="}),
+    (Countdown(), 4121064134, {"train": "1,4,6>10= 2,8,10>16= 3,4,25>24=",
+                               "test": "3,17,21>35= 22,23,24>21= 5,10,21>19=",
+                               "ood": "4,11,20>55= 5,9,13>56= 5,10,23>46=",
+                               "ood-train": "10,14,23>47= 14,18,20>52= 11,19,21>51="}),
 ], ids=["chain", "countdown"])
 def test_the_default_tasks_draw_what_they_always_drew(task, corpus, first):
     """Documents and problems are pinned, so that the figures of two versions can be compared."""
