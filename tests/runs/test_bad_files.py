@@ -74,6 +74,9 @@ def model_of(block_size):
     ("--algo sft --data nowhere", "nowhere: No such file or directory"),
     ("--algo sft --data broken", "broken, line 2: not JSON"),
     ("--data sums", "sums, line 1: no column 'answer'"),
+    ("--data sums --reward leaky", "sums, line 1: no column 'answer'"),
+    ("--data sums --reward brevity,flipped", "sums, line 1: no column 'answer'"),
+    ("--data sums --reward format", "--reward format is unknown for sums: use one or more of"),
     ("--algo ppo --data sums", "sums, line 1: no column 'answer'"),
     ("--algo dpo --data sums", "sums, line 1: no column 'chosen'"),
     ("--algo rm --data sums", "sums, line 1: no column 'chosen'"),
@@ -100,8 +103,14 @@ def model_of(block_size):
     # The reward model that would have to be made first has needs of its own.
     ("--reward model --data prompts", "prompts, line 1: no column 'chosen'"),
     ("--n_embd 30", "n_embd (30) must be divisible by n_head (4)"),
-    ("--max_terms 100", "a prompt of 201 tokens and 598 for its answer do not fit block_size 128"),
-    ("--task countdown --block_size 21", "a prompt of 10 tokens and 12 for its answer do not fit"),
+    ("--max_terms 100", "a prompt of 201 tokens and 694 for its answer do not fit block_size 128"),
+    ("--task countdown --block_size 24", "a prompt of 13 tokens and 12 for its answer do not fit"),
+    # What evaluation asks beside what is taught: chains, and numbers to be reversed.
+    ("--task facts --block_size 30", "a prompt of 9 tokens and 22 for its answer do not fit"),
+    ("--min_terms 2 --max_terms 2 --other_skills --block_size 16",
+     "a prompt of 7 tokens and 10 for its answer do not fit"),
+    ("--algo sft --style letters --block_size 28 --max_new_tokens 5",
+     "a prompt of 9 tokens and 21 for its answer"),
     ("--algo sft --block_size 26 --max_new_tokens 5", "a prompt of 9 tokens and 18 for its answer"),
     ("--max_new_tokens 120", "a prompt of 9 tokens and 120 for its answer do not"),
     ("--algo rm --inspect", "--inspect shows what a policy is taught; --algo rm has none"),
@@ -123,7 +132,9 @@ def test_what_just_fits_is_not_refused(files, monkeypatch):
                   "--algo sft --data texts --eval_data texts --block_size 5",
                   "--algo dpo --data pairs --eval_data pairs --block_size 7",
                   "--algo dft --data answers --eval_data answers --block_size 37",
-                  "--task countdown --block_size 22",
+                  "--task countdown --block_size 25", "--task facts --block_size 31",
+                  "--min_terms 2 --max_terms 2 --other_skills --block_size 17",
+                  "--algo sft --style letters --block_size 30 --max_new_tokens 5",
                   "--algo sft --block_size 27 --max_new_tokens 5",
                   "--block_size 14 --max_new_tokens 5"):
         with pytest.raises(Reached):

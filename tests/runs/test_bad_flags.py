@@ -124,6 +124,8 @@ def test_a_second_ctrl_c_ends_at_once(tiny_base):
     ("--mask_truncated_completions maybe", "neither true nor false"),
     ("--advantage best", "--advantage: invalid choice: 'best'"),
     ("--task chess", "--task"),
+    ("--algo sft --style loud", "--style: invalid choice: 'loud'"),
+    ("--style bare", "--style is unknown"),
     ("--lr_scheduler_type stairs", "--lr_scheduler_type"),
     ("--dtype float16", "--dtype"),
     ("--loss_type ppo", "--loss_type"),
@@ -183,6 +185,12 @@ def test_numbers_are_finite(refused, name, value):
     ("--seed 99999999999999999999", "seed"),
     ("--base_seed -1", "base_seed"),
     ("--base_seed 99999999999999999999", "base_seed"),
+    ("--algo pretrain --worked_share 1.1", "worked_share 1.1: a number of at most 1 is needed"),
+    ("--worked_share -0.1", "worked_share -0.1: a number of at least 0 is needed"),
+    ("--algo sft --wrong_share 2", "wrong_share 2.0: a number of at most 1 is needed"),
+    ("--algo dft --wrong_share -1", "wrong_share -1.0: a number of at least 0 is needed"),
+    ("--reward flipped --flip_probability 1.5", "flip_probability 1.5: a number of at most 1"),
+    ("--algo rft --flip_probability -0.5", "flip_probability -0.5: a number of at least 0"),
     ("--algo pretrain --n_hidden -1", "n_hidden"),
     ("--algo pretrain --head_dim -2", "head"),
     ("--algo pretrain --rope_theta 0", "rope_theta"),
@@ -206,6 +214,13 @@ def test_numbers_out_of_range(refused, flags, expected):
     ("--eval_data held_out.jsonl", "--eval_data needs --data"),
     ("--min_terms 1", "min_terms"),
     ("--min_terms 4 --max_terms 3", "min_terms 4 and max_terms 3"),
+    ("--algo sft --task countdown --style bare", "--style and --wrong_share are for --task chain"),
+    ("--algo dft --task facts --style totals", "--style and --wrong_share are for --task chain"),
+    ("--algo sft --task facts --wrong_share 0.1", "--style and --wrong_share are for --task chain"),
+    ("--algo sft --style swapped --min_terms 2", "may be held out: give --min_terms 3"),
+    ("--task countdown --worked_share 0.1", "are for --task chain and facts"),
+    ("--algo pretrain --task countdown --other_skills", "are for --task chain and facts"),
+    ("--algo pretrain --task facts", "the base model of chain: give --task chain"),
     ("--device tpu", "--device tpu"),
     ("--device cpu:x", "--device cpu:x"),
 ])
@@ -222,7 +237,7 @@ def test_no_gpu(refused, monkeypatch):
 
 @pytest.mark.parametrize("flags, expected", [
     ("--reward correctness", "--reward correctness is unknown for chain: use one or more of "
-                             "verifier, model, majority, brevity, format"),
+                             "verifier, model, majority, brevity, flipped, leaky, random, format"),
     ("--reward verifier,", "--reward"),
     ("--reward verifier,format --reward_weights 1", "--reward_weights has 1 numbers, --reward 2 "
                                                     "names"),

@@ -163,7 +163,7 @@ def test_the_help_says_what_a_flag_takes(capsys):
     out = capsys.readouterr().out
     for line in (r"--resume \[true\|false\]\s+.*\[false\]", r"--init_from str\s[^[]*\[none\]",
                  r"--reward_weights str\s[^[]*\[empty\]", r"--learning_rate float\s[^[]*\[0.001\]",
-                 r"--task \{chain,countdown\}\s[^[]*\[chain\]", r"--inspect \[\{one,all\}\]",
+                 r"--task \{chain,facts,countdown\}\s[^[]*\[chain\]", r"--inspect \[\{one,all\}\]",
                  r"--qk_norm \[true\|false\]\s[^[]*\[true\]", r"--epsilon float\s[^[]*\[0.2\]",
                  r"--rope_theta float\s[^[]*\[100.0\]"):
         assert re.search(line, out), line

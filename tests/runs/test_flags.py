@@ -57,6 +57,8 @@ SHARED = {
     "task": [None, BASE],
     "min_terms": ["3", BASE + " --max_terms=3"],
     "max_terms": ["3", BASE],
+    "worked_share": ["1"],                              # of the base that is made for it
+    "other_skills": ["true"],
     "data": ["{folder}/sums.jsonl"],
     "eval_data": ["{folder}/sums.jsonl", "--data={folder}/sums.jsonl"],
     "max_new_tokens": ["5"],
@@ -85,12 +87,17 @@ SHARED = {
     "qkv_bias": ["true"], "qk_norm": ["false"], "tie_embeddings": ["false"],
 }
 SAMPLING = {"num_generations": ["3"], "num_prompts": ["41"], "temperature": ["0.5"],
-            "reward": ["brevity"], "reward_weights": ["-1"]}
+            "reward": ["brevity leaky flipped random"], "reward_weights": ["-1"],
+            "flip_probability": ["1", "--reward=flipped"],
+            "other_skills watched": ["true", BASE, LINES]}
+IMITATING = {"num_demonstrations": ["5"], "wrong_share": ["1"],
+             "style": [None, BASE + " --min_terms=3 --max_terms=3"],
+             "other_skills watched": ["true", BASE, LINES]}
 OWN = {
-    "pretrain": {"num_documents": ["5"]},
-    "sft": {"num_demonstrations": ["5"], "completion_only": ["false"]},
+    "pretrain": {"num_documents": ["5"], "task facts": ["facts", "", REFUSED]},   # it is chain's
+    "sft": {**IMITATING, "completion_only": ["false"]},
     "dft": {
-        "num_demonstrations": ["5"],
+        **IMITATING,
         "loss_type": [None],
         "alpha": ["2", "--loss_type=power"],
         "iw_temperature": ["0.5", "--loss_type=iw_sft " + FAST],
@@ -100,7 +107,8 @@ OWN = {
         "anchor_coef": ["5", "--loss_type=asft"],
         "gem_temperature": ["1", "--loss_type=gem"]},
     "rft": {
-        **{name: [value, "--keep=best"] for name, [value] in SAMPLING.items()},
+        **{name: [value, "--keep=best " + " ".join(more[:1]), *more[1:]]
+           for name, [value, *more] in SAMPLING.items()},
         "rounds": ["3", "--keep=best"],
         "restart": ["true", "--keep=best --rounds=3"],
         "keep": [None],
@@ -176,7 +184,7 @@ EXCEPTIONS = {
     ("pretrain", "init_from"): ["{folder}/other-base", "", REFUSED],    # it starts from noise
     ("pretrain", "seed"): ["1", "", REFUSED],                           # it is --base_seed
     ("rm", "seed"): ["1", "", REFUSED],
-    ("pretrain", "task"): [None],
+    ("pretrain", "task"): ["countdown"],
     ("pretrain", "min_terms"): ["3", "--max_terms=3"],
     ("pretrain", "max_terms"): ["3"],
     ("pretrain", "dtype"): ["bfloat16"],
@@ -298,7 +306,8 @@ def entry(algo, flag):
 
 
 @pytest.mark.parametrize("algo, flag", [pair for pair in FLAGS if pair[1] not in ELSEWHERE] + [
-    ("dpo", "loss_type robust")], ids=lambda value: value)
+    (algo, flag) for algo, own in OWN.items() for flag in own if " " in flag],
+    ids=lambda value: value)
 def test_a_flag_changes_what_it_is_for(observe, algo, flag):
     """Changed from its default it changes the run in the way that its entry names, every choice of
     it in a way of its own; a flag that must change nothing changes nothing."""
@@ -348,7 +357,8 @@ def test_the_algorithms_differ(observe):
 
 PROMPT = "1+1="
 ASKING = {   # the same, of what is printed: [changed value, what else has to be given, or Same]
-    "task": ["countdown"], "min_terms": ["3", "--max_terms=3"], "max_terms": ["4"],
+    "task": ["facts"], "min_terms": ["3", "--max_terms=3"], "max_terms": ["4"],
+    "other_skills": ["true"],
     "data": ["sums.jsonl"], "eval_data": ["two.jsonl", "--data=sums.jsonl"],
     "max_new_tokens": ["3"], "temperature": ["0.2", PROMPT], "top_k": ["1", PROMPT],
     "top_p": ["0.1", PROMPT], "num_generations": ["3", PROMPT], "seed": ["1", PROMPT],
@@ -356,6 +366,7 @@ ASKING = {   # the same, of what is printed: [changed value, what else has to be
     "tokenizer": ["gpt2", "", REFUSED], "device": ["cuda:77", "", REFUSED],
     "dtype": ["bfloat16", "--eval_problems=100"],
     "micro_batch_size": ["1", "", Same("it only saves memory")],
+    "worked_share": ["1", "", Same("it is of a corpus, and none is read")],
     "compile": ["true", "", Same("it is the training pass that is compiled")],
 }
 

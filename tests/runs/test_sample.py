@@ -24,13 +24,14 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tiny_base, tmp_path_factory):
-    """trained("chain" or "countdown" or "file") -> the folder of a finished SFT run, made once.
-    That on a file has learned its sums by heart."""
+    """trained("chain", "countdown", "facts" or "file") -> the folder of a finished SFT run, made
+    once. That on a file has learned its sums by heart."""
     folders, place = {}, tmp_path_factory.mktemp("trained")
     sums = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)}
             for a in range(6) for b in range(6)]
     write_jsonl(sums, place / "sums.jsonl")
     flags = {"chain": TASK, "countdown": ("--task", "countdown", "--eval_problems", 16),
+             "facts": ("--task", "facts", *TASK),
              "file": ("--data", place / "sums.jsonl", "--eval_data", place / "sums.jsonl",
                       "--max_new_tokens", 5, "--eval_problems", 36, "--learning_rate", 1e-2)}
 
@@ -176,11 +177,12 @@ def test_a_file_without_answers(tiny_base, ask):
 # -- whose task -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, prompt", [("chain", r"\d[-+*]\d="), ("countdown", r"\d,\d,\d>\d+="),
-                                          ("file", r"[0-5]\+[0-5]=")])
+@pytest.mark.parametrize("name, prompt", [
+    ("chain", r"\d[-+*]\d="), ("countdown", r"(\d+,){2}\d+>\d+="), ("facts", r"k[5-9]\d="),
+    ("file", r"[0-5]\+[0-5]=")])
 def test_the_task_is_that_of_the_run(trained, monkeypatch, ask, name, prompt):
-    """Without a flag the problems are those with which the run was judged: of two terms, countdown,
-    the file's."""
+    """Without a flag the problems are those with which the run was judged: of two terms,
+    countdown, new facts, the file's."""
     seen, judge = [], evaluate.judge_answers
 
     def spy(model, ref_model, tokenizer, task, *args, **kwargs):
@@ -190,7 +192,7 @@ def test_the_task_is_that_of_the_run(trained, monkeypatch, ask, name, prompt):
     ask(trained(name), "--eval_problems", 8)
     problems = seen[0].problems("test", 8, 0)
     assert len(problems) == 8 and all(re.fullmatch(prompt, p["prompt"]) for p in problems)
-    assert seen[0].max_new_tokens == {"chain": 10, "countdown": 12, "file": 5}[name]
+    assert seen[0].max_new_tokens == {"chain": 10, "countdown": 12, "facts": 10, "file": 5}[name]
 
 
 @pytest.mark.parametrize("flags, expected", [
