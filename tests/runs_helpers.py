@@ -108,7 +108,10 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "dpo, self-rewarding": ("--algo", "dpo", "--batch_size", 4, "--num_generations", 4,
                                  "--reward", "confidence", "--sync_steps", 3, "--sync_ref"),
          "ppo": ("--algo", "ppo", *OWN, "--num_minibatches", 2, "--target_kl", 1e9),
-         "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN)}
+         "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN),
+         # What is random in rewards belongs to the step as well.
+         "grpo, random": (*GRPO_, "--reward", "random"),
+         "dpo, flipped": ("--algo", "dpo", *OWN, "--reward", "flipped,random")}
 UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
 
 

@@ -18,9 +18,9 @@ import tasks
 from model import Samples
 
 PROMPTS = {"train": ["a", "bb"], "test": ["p", "qq", "rrr", "ssss", "never asked"],
-           "ood": ["x", "xx", "y", "yy"]}
+           "ood": ["x", "xx", "y", "yy"], "skill": ["u", "v", "w"], "other": ["uu"]}
 ANSWERS = {"p": "1", "qq": "10", "rrr": "0", "ssss": "11", "x": "1", "xx": "0", "y": "0", "yy": "1",
-           "a": "1", "bb": "1"}
+           "a": "1", "bb": "1", "u": "0", "v": "1", "w": "1", "uu": "01"}
 GREEDY = {"p": "1", "qq": "10", "rrr": "1", "ssss": "", "a": "1", "bb": "1"}
 DRAWS = {"p": ["1"] * 8 + ["0"] * 4 + [""] * 4,       # 8 of 16 right, 12 worked; 28 tokens
          "qq": ["0", "10"] + ["01"] * 7 + ["1"] * 7,  # 1 right, 8 worked; 40 tokens, <end> too
@@ -28,7 +28,9 @@ DRAWS = {"p": ["1"] * 8 + ["0"] * 4 + [""] * 4,       # 8 of 16 right, 12 worked
          "ssss": ["1"] * 16,                          # none right, none worked; 32 tokens
          "x": ["1", "0", "1", "1"] + ["0"] * 12, "xx": ["1"] * 16,
          "y": ["1", "1", "0", "1"] + ["0"] * 12, "yy": ["1", "0", "0", "1"] + ["1"] * 12,
-         "a": ["1"] * 16, "bb": ["1"] * 16}
+         "a": ["1"] * 16, "bb": ["1"] * 16,
+         "u": ["0", "1", "0", "0"] + ["1"] * 12, "v": ["1"] * 16, "w": ["0"] * 3 + ["1"] * 13,
+         "uu": ["1", "01", "01", "1"] + ["01"] * 12}
 Call = namedtuple("Call", "prompts n temperature top_k top_p seed grad bfloat16")
 
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import tasks
 from harness import evaluate
+from model import Samples
 from table_policy import PROMPTS, Call, Policy, Task, Tokens, Wide, config_of, kl_of_first_answers
 from tiny import Letters, move, tiny_model
 
@@ -67,6 +69,42 @@ def test_what_was_asked_and_how_often():
     for full, calls in expected.items():
         _, pi = judge(full)
         assert pi.calls == [Call(*call, 0, 1.0, 1, False, False) for call in calls]
+
+
+KEPT = {True: {"eval/kept/skill": (3 + 4 + 1 + 3) / 16, "eval/kept/other": 2 / 4},
+        False: {"eval/kept/skill": (1 + 1 + 0 + 1) / 4, "eval/kept/other": 0 / 4}}
+
+
+@pytest.mark.parametrize("full, expected", [(True, FULL), (False, QUICK)], ids=["full", "quick"])
+def test_what_is_kept_by_hand(full, expected):
+    """A skill that is not taught: four answers to each of its problems (u, v, w and u again) at
+    temperature 1, quick one; judged by its own answers. No other figure changes for it."""
+    task = Task()
+    task.kept = ("skill", "other")
+    found, pi = judge(full, task=task)
+    kl = kl_of_first_answers(Policy("pi"), Policy("ref"))
+    assert found == pytest.approx({**expected, **KEPT[full], "eval/kl": kl}, abs=1e-6)
+    asked = [(call.prompts, call.n, call.temperature) for call in pi.calls[-2:]]
+    n = 4 if full else 1
+    assert asked == [(["u", "v", "w", "u"], n, 1.0), (["uu"] * 4, n, 1.0)]
+    assert pi.calls[:-2] == judge(full)[1].calls
+
+
+def test_skills_of_the_chain_task_are_judged_by_their_own_problems():
+    """A policy that reverses digits and knows nothing else keeps reversing alone; none of the
+    problems it is judged by stands in the corpus."""
+    def reverses(prompt_ids, prompt_mask, limit, eos_id, *args):
+        asked = [bytes(row[mask][1:].tolist()) for row, mask in zip(prompt_ids, prompt_mask)]
+        seen.extend(p.decode() for p in asked)
+        ids = torch.tensor([[*p[-2:0:-1][:4].ljust(4), eos_id] for p in asked])
+        return Samples(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
+    seen, tokenizer = [], data.Tokenizer("byte")
+    task, pi = tasks.Chain(other_skills=True), SimpleNamespace(generate=reverses)
+    found = evaluate.judge_answers(pi, None, tokenizer, task, config_of(eval_problems=50), False)
+    assert found["eval/kept/reversing"] == 1 and found["eval/kept/facts"] == 0
+    assert found["eval/accuracy"] == 0
+    assert not {p for p in seen if p[0] == "r"} & {d[:6] for d in task.corpus(5000, 0)}
+    assert {p for p in seen if p[0] == "k"} <= {f"k{i:02d}=" for i in range(50)}
 
 
 def test_no_seed_changes_the_problems():

@@ -133,7 +133,10 @@ OWN = {
         "pair_selection": [None],
         "pair_sampling": [None],
         "rso_beta": ["5", "--pair_sampling=rso"]},
-    "rm": {**SAMPLING, "center_rewards_coefficient": ["1"]},
+    "rm": {
+        **SAMPLING,
+        "other_skills watched": ["true", BASE, Same("it is judged by pairs, and not by answers")],
+        "center_rewards_coefficient": ["1"]},
     "ppo": {
         **SAMPLING,
         "kl_coef": ["1", FAST],
