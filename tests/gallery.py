@@ -95,6 +95,47 @@ BUGS = [
         "        if False and",
         "algorithms/test_learned_reward.py::"
         "test_true_reward_is_shown_where_the_verifier_is_not_trained_on", "2210.10760"),
+    Bug("tasks.py", "what is random in a reward comes from the global state: a resumed run is "
+        "another run",
+        "return torch.rand(n, generator=self.generator, device=self.generator.device).tolist()",
+        "return torch.rand(n).tolist()",
+        "algorithms/test_wrong_rewards.py::test_the_generator_of_the_step_decides",
+        "huggingface/transformers#11323, huggingface/transformers#11504"),
+    Bug("tasks.py", "one coin for all answers: a random reward that leaves a group nothing to "
+        "compare, and looks as if it taught nothing",
+        "[float(u < 0.5) for u in uniforms(len(c))]",
+        "[float(uniforms(1)[0] < 0.5)] * len(c)",
+        "algorithms/test_wrong_rewards.py::test_a_coin", "2506.10947: a coin for each answer"),
+    Bug("tasks.py", "the truth that is logged is what is trained on: that random rewards taught "
+        "nothing, or something, goes unseen",
+        'each["true_reward"] = torch.tensor(self.task.reward(prompts, completions, **columns))',
+        'each["true_reward"] = total',
+        "algorithms/test_wrong_rewards.py::test_the_truth_is_logged_beside", "2506.10947"),
+    Bug("tasks.py", "an answer is right if it holds the right number somewhere: listing all digits "
+        "is rewarded",
+        "return [float(Chain.final_answer(c) == a) for c, a in zip(completions, answer)]",
+        "return [float(a in c) for c, a in zip(completions, answer)]",
+        "algorithms/test_chain.py::test_chain_reward",
+        "pytorch/rl#3542, which takes such a reward out"),
+    Bug("tasks.py", "a skill is judged by what the corpus has shown: memory is taken for skill",
+        'if is_test(f"r{digits}=") == test:',
+        "if True:",
+        "algorithms/test_worlds.py::"
+        "test_the_corpus_reverses_no_test_problem_and_tells_fifty_facts",
+        "hendrycks/ethics#14, bazingagin/npc_gzip#13"),
+    Bug("tasks.py", "prompts are kept apart and steps are not: what follows a wrong step solves a "
+        "test problem",
+        "            while self.solve(prompt, slip=slip)[\"answer\"] == answer \\\n"
+        "                    or self.gives_away(prompt, slip):\n",
+        "            while self.solve(prompt, slip=slip)[\"answer\"] == answer:\n",
+        "algorithms/test_worlds.py::"
+        "test_no_demonstration_of_any_style_solves_a_held_out_problem",
+        "2311.04850: a test problem in other words passes every search for its text"),
+    Bug("harness/evaluate.py", "forgetting measured by the task that is taught: none is ever seen",
+        "untaught = held_out(task, skill, config.eval_problems)",
+        'untaught = held_out(task, "test", config.eval_problems)',
+        "algorithms/test_evaluation.py::test_what_is_kept_by_hand",
+        "2509.04259, which measures it on other tasks"),
     Bug("train.py", "only the last micro-batch's gradient is kept: the bug behind many published "
         "SFT baselines",
         "        micro_loss.backward()\n",
