@@ -110,7 +110,7 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "ppo": ("--algo", "ppo", *OWN, "--num_minibatches", 2, "--target_kl", 1e9),
          "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN),
          # What is random in rewards belongs to the step as well.
-         "grpo, random": (*GRPO_, "--reward", "random"),
+         "grpo, random": (*GRPO_, "--reward", "random,brevity"),
          "dpo, flipped": ("--algo", "dpo", *OWN, "--reward", "flipped,random")}
 UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
 

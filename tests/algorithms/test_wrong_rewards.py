@@ -154,6 +154,15 @@ def test_the_truth_is_logged_beside(name):
     assert batch["rewards"].tolist() != other["rewards"].tolist()
 
 
+@pytest.mark.parametrize("name", ["flipped", "random"])
+def test_each_step_tosses_coins_of_its_own(name):
+    """The generator that sampled the answers goes on to the rewards: one seed gives one batch,
+    another one other coins."""
+    algo = make(GRPO, num_generations=16, reward=name)
+    found = [tiny.sample(algo, seed=seed)["rewards"].tolist() for seed in (3, 3, 4)]
+    assert found[0] == found[1] != found[2] and len(found[0]) == 64
+
+
 # -- which columns a file must have ---------------------------------------------------------------
 
 
