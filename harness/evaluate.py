@@ -17,7 +17,7 @@ from rm import answer_rewards
 SAMPLED, SCORED = 1024, 256   # answers at a time: memory does not follow --eval_problems
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def held_out(task, split, size):
     """The problems of a split to judge by, drawn once."""
     return task.problems(split, size, seed=0)

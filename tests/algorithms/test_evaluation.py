@@ -151,8 +151,10 @@ def test_how_many_at_a_time_without_flags():
 
 
 def test_problems_are_drawn_once():
-    """A second evaluation does not draw its problems again."""
+    """A second evaluation does not draw its problems again, with three skills beside the task
+    either."""
     task = Task("drawn once")
+    task.kept = ("skill", "other", "train")
     judge(False, task=task)
     task.problem = lambda rng, split: pytest.fail("drawn again")
     assert judge(False, task=task)[0]["eval/accuracy"] == 1 / 4
