@@ -76,6 +76,8 @@ def model_of(block_size):
     ("--data sums", "sums, line 1: no column 'answer'"),
     ("--data sums --reward leaky", "sums, line 1: no column 'answer'"),
     ("--data sums --reward brevity,flipped", "sums, line 1: no column 'answer'"),
+    ("--algo sft --data sums --style bare", "--style and --wrong_share are for --task chain"),
+    ("--algo dft --data sums --wrong_share 0.5", "--style and --wrong_share are for --task chain"),
     ("--data sums --reward format", "--reward format is unknown for sums: use one or more of"),
     ("--algo ppo --data sums", "sums, line 1: no column 'answer'"),
     ("--algo dpo --data sums", "sums, line 1: no column 'chosen'"),

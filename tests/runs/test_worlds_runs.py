@@ -16,7 +16,7 @@ from harness import evaluate, flags, prepare, report
 from model import GPTConfig
 from rm import RMConfig
 from runs_helpers import (DEMOS, OWN, checkpoint, metrics, same, same_networks, same_numbers,
-                          shorter, summary, weights)
+                          shorter, summary, weights, write_jsonl)
 from sft import PretrainConfig
 from table_policy import config_of
 from tiny import coin
@@ -62,6 +62,16 @@ def test_facts_start_from_the_base_of_chain(capsys):
     assert 50 * found["eval/greedy_accuracy"] == round(50 * found["eval/greedy_accuracy"])
     before = summary("out/facts-sft-0")["before"]["eval/kept/chain"]
     assert 0 <= before < 1
+
+
+def test_a_file_is_no_fact():
+    """--algo pretrain --task facts is refused (test_bad_flags.py); on a file --task says nothing,
+    and the base that a run on a file starts from is that of chain."""
+    write_jsonl([{"text": f"text {i}"} for i in range(20)], "texts.jsonl")
+    for algo, first in (("pretrain", []), ("sft", ["out/chain-pretrain-0"])):
+        words = f"--algo {algo} --data texts.jsonl --task facts"
+        config = flags.parse(words.split(), train.ALGORITHMS, GPTConfig)
+        assert [c.out_dir for c in prepare.check(config, train.ALGORITHMS)] == first
 
 
 def test_a_reward_model_of_facts(monkeypatch):
