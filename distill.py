@@ -141,7 +141,7 @@ class Distill(nn.Module):
         # What answers are worth is logged and never trained on. Without a verifier: nothing.
         self.rewards = Rewards(task, config.reward, config.reward_weights)
         if "verifier" in self.rewards.functions and not task.verifies:
-            self.rewards = lambda examples, completions: (torch.zeros(len(completions)), {})
+            self.rewards = lambda examples, texts, generator: (torch.zeros(len(texts)), {})
         self.optimizer = model.configure_optimizer(config)
 
     def examples(self):

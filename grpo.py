@@ -377,7 +377,7 @@ class GRPO(nn.Module):
         """Who sampled the text? The policy, now: a group of answers to every prompt."""
         batch = data.rollout(self.model, self, examples, generator, log)
         if self.config.advantage == "remax":
-            greedy = data.rollout(self.model, self, examples, None, None, 1, temperature=0)
+            greedy = data.rollout(self.model, self, examples, generator, None, 1, temperature=0)
             log.sum("sampled_tokens", int(greedy["completion_mask"].sum()))
             batch["prompt_greedy_rewards"] = greedy["rewards"]                  # (P,)
         if self.config.covariance == "clip":   # random numbers that pick among the tokens

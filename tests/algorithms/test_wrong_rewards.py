@@ -174,3 +174,13 @@ def test_each_step_tosses_coins_of_its_own(name):
 def test_columns(reward, columns):
     """An answer is needed where one is compared."""
     assert Sampling.columns(SimpleNamespace(reward=reward)) == [columns]
+
+
+def test_remax_draws_for_its_greedy_answer_too():
+    """The greedy answers are rewarded by the same coin, which the step's generator throws."""
+    algo = make(GRPO, task=Chain(2, 3), reward="random", advantage="remax", scale_rewards="none",
+                num_generations=4)
+    first, again, other = (tiny.sample(algo, seed=seed)["prompt_greedy_rewards"]
+                           for seed in (0, 0, 3))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert set(torch.cat([first, other]).tolist()) == {0.0, 1.0}
