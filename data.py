@@ -68,15 +68,15 @@ class Tokenizer:
 # -- batches: dicts of tensors --------------------------------------------------------------------
 
 
-def batch_indices(size, config, step):
+def batch_indices(size, config, step, batch_size=None):
     """Which examples step number `step` (from 0) takes: every example once an epoch, in an order
-    drawn anew each epoch (a pre-training corpus is read in order).
+    drawn anew each epoch (a pre-training corpus is read in order). batch_size None: the config's.
 
     A pure function of its arguments: a run that resumes at a step needs no other record of its
     position in the data.
     """
-    indices = []
-    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
+    indices, batch_size = [], batch_size or config.batch_size
+    for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, size)
         if not indices or i == 0:
             order = list(range(size))
@@ -89,8 +89,9 @@ def batch_indices(size, config, step):
 def collate(examples, tokenizer, device="cpu"):
     """Examples -> {prompt_ids, prompt_mask (P, Tp)} and, where they have completions,
     {completion_ids, completion_mask (B, T), prompt_index (B,)} with B = P. The docstring of this
-    file works one through."""
-    prompts = [[tokenizer.eos_id] + tokenizer.encode(e["prompt"]) for e in examples]
+    file works one through. Where an example has hint_ids, its prompt ends with them."""
+    prompts = [[tokenizer.eos_id] + tokenizer.encode(e["prompt"]) + e.get("hint_ids", [])
+               for e in examples]
     width = max(map(len, prompts))
     batch = {"prompt_ids": [[tokenizer.pad_id] * (width - len(p)) + p for p in prompts],
              "prompt_mask": [[False] * (width - len(p)) + [True] * len(p) for p in prompts]}
@@ -143,6 +144,22 @@ def take_rows(batch, rows):
     return {**taken, "prompt_index": prompt_index}
 
 
+def concatenate(first, second, pad_id):
+    """The rows of two batches in one, those of the first before those of the second; what only one
+    of them has is left out."""
+    joined = {}
+    for name in (name for name in first if name in second):
+        a, b = first[name], second[name]
+        if name == "prompt_index":
+            b = b + len(first["prompt_ids"])
+        if a.dim() == 2:
+            width, fill = max(a.shape[1], b.shape[1]), pad_id if name.endswith("_ids") else 0
+            a, b = (F.pad(x, (width - x.shape[1], 0) if name.startswith("prompt_")
+                          else (0, width - x.shape[1]), value=fill) for x in (a, b))
+        joined[name] = torch.cat([a, b])
+    return joined
+
+
 def split(batch, size, rows_together=1):
     """The batch in micro-batches of at most `size` rows; 0: the batch as it is. rows_together: how
     many rows that follow each other may not be separated (2 for preference pairs)."""
@@ -181,31 +198,67 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
 
     Returns a batch as collate makes it, its B rows in groups, example by example, with more fields,
     all (B,): rewards, the total; rewards/<name>, each reward by itself; truncated, True where an
-    answer ran out of tokens.
+    answer ran out of tokens. Where examples have hint_ids, their answers begin with them, and
+    demonstrated (B, T) is True there.
     """
     config, tokenizer = algo.config, algo.tokenizer
     G = config.num_generations if num_generations is None else num_generations
     temperature = config.temperature if temperature is None else temperature
     prompts = collate([{"prompt": e["prompt"]} for e in examples], tokenizer, model.device)
-    samples = model.generate(prompts["prompt_ids"], prompts["prompt_mask"],
-                             algo.task.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, G,
+    hints, longest = [e.get("hint_ids", []) for e in examples], algo.task.max_new_tokens
+    read = prompts
+    if any(hints):
+        read = collate([{"prompt": e["prompt"], "hint_ids": h} for e, h in zip(examples, hints)],
+                       tokenizer, model.device)
+    samples = model.generate(read["prompt_ids"], read["prompt_mask"],
+                             longest - min(map(len, hints)), tokenizer.eos_id, tokenizer.pad_id, G,
                              temperature, generator=generator)
-    texts = [tokenizer.decode(ids) for ids in samples.completion_ids.tolist()]
+    answers = {"completion_ids": samples.completion_ids,
+               "completion_mask": samples.completion_mask, "truncated": samples.truncated}
+    if any("hint_ids" in e for e in examples):
+        answers = after_hints(hints, answers, longest, tokenizer.pad_id)
+    texts = [tokenizer.decode(ids) for ids in answers["completion_ids"].tolist()]
     total, each = algo.rewards([e for e in examples for _ in range(G)], texts, generator)
     if log is not None:
-        lengths = samples.completion_mask.sum(-1)                                # (B,)
+        lengths = answers["completion_mask"].sum(-1)                             # (B,)
         if each:   # distillation needs no reward
             log.mean("reward", total)
         log.mean("completions/mean_length", lengths)
-        log.mean("completions/clipped_ratio", samples.truncated)
-        log.sum("sampled_tokens", int(lengths.sum()))
+        log.mean("completions/clipped_ratio", answers["truncated"])
+        log.sum("sampled_tokens", int(samples.completion_mask.sum()))
         for name, reward in each.items():
             log.mean(name if name == "true_reward" else f"rewards/{name}/mean", reward)
     prompt_index = torch.arange(len(examples), device=model.device).repeat_interleave(G)
-    return {**prompts, "completion_ids": samples.completion_ids,
-            "completion_mask": samples.completion_mask, "prompt_index": prompt_index,
-            "rewards": total.to(model.device), "truncated": samples.truncated,
+    return {**prompts, **answers, "prompt_index": prompt_index,
+            "rewards": total.to(model.device),
             **{f"rewards/{name}": reward.to(model.device) for name, reward in each.items()}}
+
+
+def after_hints(hints, answers, longest, pad_id):
+    """Answers that went on from hints, with the hints put before them, cut to `longest` tokens.
+    hints: token ids, one list a prompt; answers: completion_ids, completion_mask (B, T), truncated
+    (B,) -> the same with demonstrated (B, T), True on the hints.
+
+    Worked example: after the hints [5] and [6, 7] come [1, 2] and [3, pad]: [5, 1, 2] and
+    [6, 7, 3].
+    """
+    ids, mask = answers["completion_ids"], answers["completion_mask"]           # (B, T)
+    (B, T), device, width = ids.shape, ids.device, max(map(len, hints))
+    repeats = B // len(hints)
+    before = torch.tensor([h + [pad_id] * (width - len(h)) for h in hints], device=device)
+    before = before.long().view(len(hints), width).repeat_interleave(repeats, 0)   # (B, width)
+    length = torch.tensor([len(h) for h in hints], device=device)
+    length = length.repeat_interleave(repeats)[:, None]                         # (B, 1)
+    # Column j is the hint's while j < length, then the answer's; what is beyond both is padding.
+    column = torch.arange(width + T, device=device).expand(B, -1)
+    source = torch.where(column < length, column, column - length + width)
+    beyond, source = source >= width + T, source.clamp(max=width + T - 1)
+    ids = torch.cat([before, ids], 1).gather(1, source).masked_fill(beyond, pad_id)
+    mask = torch.cat([torch.ones_like(before, dtype=torch.bool), mask], 1).gather(1, source)
+    mask = mask & ~beyond
+    return {"completion_ids": ids[:, :longest], "completion_mask": mask[:, :longest],
+            "truncated": answers["truncated"] | mask[:, longest:].any(1),
+            "demonstrated": (column < length)[:, :longest]}
 
 
 def choose_pairs(rewards, uniforms, pair_selection="random", accepted=None):

@@ -40,6 +40,7 @@ from grpo import GRPO
 from harness import flags, prepare, report, tokens
 from harness.errors import one_line
 from harness.run import Run
+from hybrid import Hybrid
 from model import GPTConfig
 from ppo import PPO
 from rft import RFT
@@ -47,7 +48,7 @@ from rm import RM
 from sft import SFT, Pretrain
 
 ALGORITHMS = {"pretrain": Pretrain, "sft": SFT, "dft": DFT, "rft": RFT, "dpo": DPO, "rm": RM,
-              "ppo": PPO, "grpo": GRPO, "distill": Distill}
+              "ppo": PPO, "grpo": GRPO, "hybrid": Hybrid, "distill": Distill}
 
 
 def train(algo, run):

@@ -16,7 +16,7 @@ import rm
 import tasks
 from harness import checkpoint, files
 from harness.errors import InputError
-from harness.flags import Sampling, declarations
+from harness.flags import Demonstrations, Sampling, declarations
 from model import GPT, GPTConfig
 
 # Models that several runs start from. They are trained on demand, each in a folder of its own.
@@ -201,6 +201,8 @@ def make_task(config, block_size, judge=None):
         prompt = 1 + len(tokenizer.encode(example["prompt"]))
         answer = 1 + len(tokenizer.encode(example.get("completion", ""))) if shown else 0
         answer = max(answer, task.max_new_tokens)
+        if getattr(config, "hint", "none") != "none":   # and what goes on from a hint
+            answer += task.max_new_tokens
         if prompt + answer > block_size:
             raise InputError(f"a prompt of {prompt} tokens and {answer} for its answer do not fit "
                              f"block_size {block_size}: lower --max_new_tokens or raise "
@@ -212,7 +214,8 @@ def check_lines(config, task, tokenizer, block_size):
     """Raise InputError for the first line of a file that cannot be trained on, or judged by."""
     choices = [("prompt", "answer")] if config.inspect == "all" else config.columns()
     columns = next((c for c in choices if task.holds(*c)), choices[0])
-    sampled = not {"text", "completion", "chosen"} & set(columns)   # then answers need room
+    both = isinstance(config, Sampling) and isinstance(config, Demonstrations)
+    sampled = both or not {"text", "completion", "chosen"} & set(columns)   # answers need room
     room = task.max_new_tokens if sampled else None
     if columns:   # sample.py reads no training examples
         task.require(columns, tokenizer, block_size, room)
