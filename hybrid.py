@@ -16,10 +16,9 @@ from what it is shown: a few texts are memorised. A hybrid wants both (survey 26
 
 Three choices make the methods. `--hint`: where own answers begin, at the prompt or after a part of
 a demonstration. `--imitation`: what a demonstrator's token weighs. `--gate`: when demonstrations
-count at all. `demonstrated` of a batch's prompts come with one. The last column: named by the
-survey?
+count at all. `demonstrated` of a batch's prompts come with one.
 
-    method      source       flags (num_demonstrations, mu: to taste)                         survey
+    method      source       flags (num_demonstrations, mu: to taste)               in the survey?
     plain sum                the default: --imitation sft --mu 0.5
     CHORD       2508.11408   --imitation chord --mu 0.9 --mu_end 0.05                            yes
     LUFFY       2504.14945   --imitation luffy                                                   yes
@@ -33,12 +32,12 @@ survey?
     NFT         2505.18116   --own_loss nft --imitation none --num_iterations 2                  yes
 
 Differences from the papers. Advantages and averages over tokens are those of grpo.py's defaults
-everywhere. ReLIFT is without its entropy term. UFT's hints end at tokens, not at sentences, and
-without its KL. BREAD samples whole groups while it searches. NFT weighs prompts as GRPO does.
+everywhere. ReLIFT is without its entropy term, UFT without its KL, and its hints end at tokens, not
+at sentences. BREAD samples whole groups while it searches. NFT weighs prompts as GRPO does.
 
 Left out: AMFT (2508.06944), whose mu follows a gradient through a validation set, and BRIDGE
-(2509.06948), which solves two nested problems: neither fits a line, nor does the survey name them.
-SRL (2510.25992) rewards steps that resemble the demonstration's: a reward, not a loss.
+(2509.06948), which solves two nested problems. SRL (2510.25992) rewards steps that resemble the
+demonstration's: a reward, not a loss.
 """
 
 import copy
@@ -59,33 +58,30 @@ from tasks import Rewards
 class HybridConfig(Demonstrations, Sampling):
     """hybrid: demonstrations and own answers in one loss"""
     hint: Literal["none", "all", "one", "rescue"] = flag(
-        "none", "which answers of a group begin with a part of the demonstration; rescue: groups "
-                "without a right answer")
+        "none", "answers of a group that begin as the demonstration does; rescue: where none is "
+                "right")
     imitation: Literal["none", "sft", "chord", "luffy", "srft", "prefix"] = flag(
         "sft", "what a demonstrator's token weighs; the table above")
     gate: Literal["none", "failed", "buffer"] = flag(
-        "none", "when demonstrations count: always, where the group failed, or in an update of "
-                "their own once buffer_size groups have failed")
+        "none", "when demonstrations count: always, where the group failed, or by themselves once "
+                "buffer_size groups have")
     own_loss: Literal["grpo", "nft", "srft"] = flag("grpo", "loss of the own answers' tokens")
-    demonstrated: int = flag(16, "prompts of a batch that come with a demonstration (1 to "
-                                 "batch_size)", at_least=1)
+    demonstrated: int = flag(16, "prompts of a batch with a demonstration (1 to batch_size)",
+                             at_least=1)
     mu: float = flag(0.5, "share of the demonstrations in the loss (sft and chord without a gate)",
                      at_least=0, at_most=1)
     mu_end: float = flag(None, "the same in the end, by a cosine; none: mu", at_least=0, at_most=1)
     hint_share: float = flag(0.9, "share of the demonstration that is given as a hint, at first",
                              at_least=0, at_most=1)
     hint_end: float = flag(0.0, "the same in the end, by a cosine", at_least=0, at_most=1)
-    decay_steps: int = flag(0, "steps from first to last mu and hint; 0: half of the run",
-                            at_least=0)
-    rescue_rounds: int = flag(3, "rescue: how often the length of the hint is halved (1 to 5)",
-                              at_least=1)
-    gate_threshold: float = flag(0.0, "a group has failed if its mean reward is not above this (0 "
+    decay_steps: int = flag(0, "steps from first to last mu and hint; 0: half the run", at_least=0)
+    rescue_rounds: int = flag(3, "rescue: lengths of the hint that are tried (1 to 5)", at_least=1)
+    gate_threshold: float = flag(0.0, "a group has failed whose mean reward is not above this (0 "
                                       "to 0.5)", at_least=0, below=1)
-    buffer_size: int = flag(16, "buffer: demonstrations of failed groups that make an update (8 to "
-                                "64)", at_least=1)
+    buffer_size: int = flag(16, "buffer: demonstrations that make an update (8 to 64)", at_least=1)
     shaping: float = flag(0.1, "luffy: the probability at which a token learns most", above=0)
-    top_entropy: float = flag(0.2, "prefix: share of the hint's tokens that are trained on, those "
-                                   "of the largest entropy", above=0, at_most=1)
+    top_entropy: float = flag(0.2, "prefix: share of the hint's tokens, those of the largest "
+                                   "entropy, that are trained", above=0, at_most=1)
     num_iterations: int = flag(1, "passes over each batch (1 to 4)", at_least=1)
     epsilon: float = flag(0.2, "clip range below 1 (0.1 to 0.3)", at_least=0)
     epsilon_high: float = flag(None, "clip range above 1; none: as epsilon", at_least=0)
@@ -98,24 +94,29 @@ class HybridConfig(Demonstrations, Sampling):
 
     def __post_init__(self):
         super().__post_init__()
+        names = self.reward.split(",")
         if self.num_generations < 2:
-            raise InputError("--num_generations 1 leaves a group nothing to compare with: raise "
-                             "it")
+            raise InputError("--num_generations 1 leaves a group nothing to compare with: raise it")
+        if self.demonstrated > self.batch_size:
+            raise InputError(f"--demonstrated {self.demonstrated}: a batch has --batch_size "
+                             f"{self.batch_size} prompts; lower the one or raise the other")
         if self.gate != "none" and (self.hint != "none" or self.imitation not in ("sft", "chord")):
             raise InputError(f"--gate {self.gate} decides about whole demonstrations: use it with "
                              "--hint none and --imitation sft or chord")
-        if self.own_loss != "grpo" and set(self.reward.split(",")) & {"model", "brevity"}:
-            raise InputError(f"--own_loss {self.own_loss} needs rewards of 0 and 1: leave out "
-                             "model and brevity")
+        if self.own_loss != "grpo" or self.hint == "rescue":   # they ask whether one is right
+            if len(names) > 1 or names[0] in ("model", "brevity") or self.reward_weights:
+                raise InputError(f"--own_loss {self.own_loss} with --hint {self.hint} needs "
+                                 "rewards of 0 and 1: give one --reward, not model or brevity, "
+                                 "and no --reward_weights")
         if self.imitation == "prefix" and self.hint == "none":
             raise InputError("--imitation prefix is for hints: use it with --hint one or all")
-        if self.imitation in ("luffy", "srft") and "majority" in self.reward.split(","):
+        if self.imitation in ("luffy", "srft") and "majority" in names:
             raise InputError(f"--imitation {self.imitation} rewards one demonstration by itself, "
                              "which is always its own --reward majority: use another reward")
 
     def columns(self):
         """What a line of --data must have: demonstrations, and what the reward needs."""
-        (_, *judged), = super(Demonstrations, self).columns()
+        [(_, *judged)] = super(Demonstrations, self).columns()
         return [("prompt", "completion", *judged)]
 
 
@@ -146,12 +147,11 @@ def group_advantages(rewards, eps=1e-4):
 def joint_advantages(groups, shown, join=True):
     """The advantages of own answers and demonstrations. groups (P, G), shown (n,): the rewards of
     demonstrations for the first n prompts -> (P G + n,). join: each enters its group; else 0."""
-    advantages, of_shown = group_advantages(groups), torch.zeros_like(shown)
-    if join and len(shown):
-        together = group_advantages(torch.cat([groups[:len(shown)], shown[:, None]], 1))
-        advantages = torch.cat([together[:, :-1], advantages[len(shown):]])
-        of_shown = together[:, -1]
-    return torch.cat([advantages.flatten(), of_shown])
+    alone, n = group_advantages(groups), len(shown)
+    if not (join and n):
+        return torch.cat([alone.flatten(), torch.zeros_like(shown)])
+    together = group_advantages(torch.cat([groups[:n], shown[:, None]], 1))     # (n, G + 1)
+    return torch.cat([together[:, :-1].flatten(), alone[n:].flatten(), together[:, -1]])
 
 
 def gate_rows(failed, P, G):
@@ -161,8 +161,8 @@ def gate_rows(failed, P, G):
     Worked example, three groups of two, the first two demonstrated and [True, False]: own
     [0, 0, 1, 1, 1, 1], demonstrations [1, 0].
     """
-    plain = failed.new_ones((P - len(failed)) * G)
-    return torch.cat([~failed.repeat_interleave(G), plain, failed])
+    undemonstrated = failed.new_ones((P - len(failed)) * G)
+    return torch.cat([~failed.repeat_interleave(G), undemonstrated, failed])
 
 
 def policy_loss(logprobs, old_logprobs, advantages, epsilon=0.2, epsilon_high=None):
@@ -257,8 +257,8 @@ class Hybrid(nn.Module):
     Config = HybridConfig
     rows_together = 1   # each row's loss stands alone
     legend = ("nll: of the demonstrators' tokens   mu: their share in the loss   open: share of "
-              "the demonstrations\nthat count   flat: share of groups whose rewards are all equal: "
-              "their own answers teach nothing")
+              "the demonstrations\nthat count   flat: share of groups whose own answers' rewards "
+              "are all equal")
 
     def __init__(self, config, model, tokenizer, task):
         super().__init__()
@@ -268,9 +268,12 @@ class Hybrid(nn.Module):
         self.rewards = Rewards(task, config.reward, config.reward_weights)
         self.demonstrations = task.demonstrations(config.num_demonstrations, config.seed,
                                                   config.style, config.wrong_share)
+        number = len(self.demonstrations)
+        if config.gate == "buffer" and config.buffer_size > number:
+            raise InputError(f"--buffer_size {config.buffer_size}: there are only {number} "
+                             "demonstrations, so that it is never full; lower it")
         # Which of them wait in ReLIFT's buffer: a part of the checkpoint.
-        waiting = torch.zeros(len(self.demonstrations), dtype=torch.bool, device=model.device)
-        self.register_buffer("waiting", waiting)
+        self.register_buffer("waiting", torch.zeros(number, dtype=torch.bool, device=model.device))
         self.optimizer = model.configure_optimizer(config)
 
     def examples(self):
@@ -278,27 +281,23 @@ class Hybrid(nn.Module):
         return self.task.problems("train", self.config.num_prompts, self.config.seed)
 
     def sample(self, examples, generator, step, log):
-        """Who sampled the text? The policy, after hints or without, and the demonstrator. The
-        first prompts are the demonstrated ones. Rows: the own answers in groups, then the
-        demonstrations, unless they are hints."""
+        """Who sampled the text? The policy, after hints or without, and the demonstrator. The first
+        prompts are the demonstrated ones. Rows: own answers in groups, then demonstrations."""
         config, G, device = self.config, self.config.num_generations, self.model.device
-        n = min(config.demonstrated, len(examples))
+        n, steps = config.demonstrated, config.decay_steps or max(config.max_steps // 2, 1)
         which = data.batch_indices(len(self.demonstrations), config, step, n)
         shown = [self.demonstrations[i] for i in which]
-        examples = shown + examples[n:]                                         # P of them
-        steps = config.decay_steps or max(config.max_steps // 2, 1)
-        if config.hint == "all":
+        begun = examples = shown + examples[n:]                                 # P of them
+        if config.hint in ("all", "one"):
             low = decay(step, config.hint_share, config.hint_end, steps)
-            examples = self.hinted(shown, low, generator) + examples[n:]
+            begun = self.hinted(shown, low, generator) + examples[n:]
         if config.hint == "one":     # every answer is sampled by itself, the first after a hint
-            low = decay(step, config.hint_share, config.hint_end, steps)
-            hinted = self.hinted(shown, low, generator) + examples[n:]
-            each = [e for pair in zip(hinted, examples) for e in [pair[0], *pair[1:] * (G - 1)]]
+            each = [e for first, rest in zip(begun, examples) for e in [first] + [rest] * (G - 1)]
             batch = data.rollout(self.model, self, each, generator, log, num_generations=1)
             batch |= {"prompt_index": batch["prompt_index"] // G,
                       **{name: batch[name][::G] for name in ("prompt_ids", "prompt_mask")}}
         else:
-            batch = data.rollout(self.model, self, examples, generator, log)
+            batch = data.rollout(self.model, self, begun, generator, log)
         batch.setdefault("demonstrated", torch.zeros_like(batch["completion_mask"]))
         if config.hint == "rescue":
             batch = self.rescue(batch, shown, generator, log)
@@ -363,26 +362,25 @@ class Hybrid(nn.Module):
         log.mean("mu", batch["mu"])
 
         demo = batch["demonstrated"]                                            # (B, T)
-        own, trained = batch["completion_mask"] & ~demo, demo
+        own = teaches = batch["completion_mask"] & ~demo
+        if config.own_loss != "srft":   # without a contrast an own answer teaches nothing
+            teaches = own & (advantages != 0)[:, None]
+        trained = demo
         if config.imitation == "prefix":
             entropy = data.in_micro_batches(
                 lambda b: entropies(self.logprobs(self.model, b)[1]), batch, config)
             trained = top_share(entropy, demo, config.top_entropy)
-        if config.own_loss != "srft":   # without a contrast an own answer teaches nothing
-            own_trained = own & (advantages != 0)[:, None]
-        else:
-            own_trained = own
-        shares = self.shares(own, demo, float(batch["mu"][0]))
-        weights = token_weights(own, demo, *shares) * (own_trained | trained)   # (B, T)
-        if config.gate == "failed":     # the demonstration counts in place of the own answers
+        own, demo = own.to(dtype), demo.to(dtype)   # a mask of numbers keeps its precision
+        shares = self.shares(own, demo, batch["mu"][0].to(dtype))
+        weights = token_weights(own, demo, *shares) * (teaches | trained)       # (B, T)
+        counts = is_own | (config.gate == "none")   # buffer: a demonstration waits
+        if config.gate == "failed":     # it counts in place of the own answers
             counts = gate_rows(failed, len(groups), G)
-        else:                           # buffer: it waits, until enough do for an update
-            counts = is_own | (config.gate == "none")
+        elif config.gate == "buffer":
+            self.waiting[batch["shown"][~is_own][failed]] = True
         if config.gate != "none":
             log.mean("open", failed)
-        if config.gate == "buffer":
-            self.waiting[batch["shown"][~is_own][failed]] = True
-        weights = (weights * counts[:, None]).to(dtype)
+        weights = weights * counts[:, None]
 
         # Rows without a gradient are left out; one stays where none has any, as in grpo.py.
         keep = (weights != 0).any(-1)
@@ -413,11 +411,10 @@ class Hybrid(nn.Module):
         shown = [self.demonstrations[i] for i in self.waiting.nonzero().flatten().tolist()]
         self.waiting.zero_()
         batch = data.collate(shown, self.tokenizer, self.model.device)
-        mask = batch["completion_mask"]
-        zeros = torch.zeros(len(shown), dtype=self.model.dtype, device=self.model.device)   # (B,)
-        weights = token_weights(torch.zeros_like(mask), mask).to(self.model.dtype)
-        return {**batch, "demonstrated": mask, "weights": weights, "advantages": zeros,
-                "success": zeros, "rewards": zeros}
+        mask = batch["completion_mask"].to(self.model.dtype)                    # (B, T)
+        zeros = mask.new_zeros(len(shown))                                      # (B,)
+        return {**batch, "demonstrated": batch["completion_mask"], "rewards": zeros,
+                "weights": token_weights(0 * mask, mask), "advantages": zeros, "success": zeros}
 
     def score(self, model, batch):
         """Log-probabilities (B, T) without gradient, in the micro-batches that training will

@@ -195,7 +195,7 @@ def make_task(config, block_size, judge=None):
         world = (*settings, config.worked_share, config.other_skills)
         task = Chosen(config.min_terms, config.max_terms, *world)
         longest = Chosen(config.max_terms, config.max_terms, *world)
-    shown = config.columns()[0] == ("prompt", "completion")   # the answer is read as well
+    shown = config.columns()[0][:2] == ("prompt", "completion")   # the answer is read as well
     kept = [problem for skill in task.kept for problem in longest.problems(skill, 50, 0)]
     for example in longest.demonstrations(50, 0, style) + kept:
         prompt = 1 + len(tokenizer.encode(example["prompt"]))
@@ -214,11 +214,13 @@ def check_lines(config, task, tokenizer, block_size):
     """Raise InputError for the first line of a file that cannot be trained on, or judged by."""
     choices = [("prompt", "answer")] if config.inspect == "all" else config.columns()
     columns = next((c for c in choices if task.holds(*c)), choices[0])
-    both = isinstance(config, Sampling) and isinstance(config, Demonstrations)
-    sampled = both or not {"text", "completion", "chosen"} & set(columns)   # answers need room
+    hints = getattr(config, "hint", "none") != "none"   # what goes on from them needs room
+    sampled = hints or not {"text", "completion", "chosen"} & set(columns)   # as answers do
     room = task.max_new_tokens if sampled else None
     if columns:   # sample.py reads no training examples
         task.require(columns, tokenizer, block_size, room)
+    if isinstance(config, Sampling) and isinstance(config, Demonstrations):
+        task.require(("prompt",), tokenizer, block_size, task.max_new_tokens)
     if config.algo != "rm" and task.test:   # as evaluate.py will read them
         room, columns = task.max_new_tokens, ("prompt",)
         if not task.verifies:

@@ -18,6 +18,7 @@ COLUMNS = [
     ("step", "step", "{:d}"), ("reward", "reward", "{:.3f}"), ("true_reward", "true", "{:.3f}"),
     ("loss", "loss", "{:+.3f}"), ("nll", "nll", "{:.3f}"), ("mean_weight", "weight", "{:.2f}"),
     ("frac_weight_near_zero", "unweighted", "{:.2f}"), ("kept", "kept", "{:.2f}"),
+    ("mu", "mu", "{:.2f}"), ("open", "open", "{:.2f}"),
     ("rewards/chosen", "chosen", "{:+.2f}"), ("rewards/rejected", "rejected", "{:+.2f}"),
     ("rewards/margins", "margin", "{:.2f}"), ("skipped_pairs", "skipped", "{:.2f}"),
     ("accuracy", "accuracy", "{:.3f}"), ("loss/value", "value loss", "{:.3f}"),

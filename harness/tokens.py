@@ -33,17 +33,23 @@ def gradient_weights(algo, minibatch):
         hook.remove()
         algo.zero_grad()
     ids = minibatch["completion_ids"].unsqueeze(-1)                            # (B, T, 1)
-    # With advantages or a teacher, answers are scored at the temperature of their sampling.
-    sampled = "advantages" in minibatch or hasattr(algo, "teacher")
-    temperature = algo.config.temperature if sampled else 1.0
-    logprobs = (seen[0].detach().float() / temperature).log_softmax(-1)        # (B, T, V)
+    # With advantages or a teacher, answers are scored at the temperature of their sampling, but for
+    # the tokens that a demonstrator wrote.
+    logits = seen[0].detach().float()                                          # (B, T, V)
+    if "advantages" in minibatch or hasattr(algo, "teacher"):
+        demonstrated = minibatch.get("demonstrated", torch.tensor([[False]]))[..., None]
+        logits = torch.where(demonstrated.to(logits.device), logits,
+                             logits / algo.config.temperature)
+    logprobs = logits.log_softmax(-1)                                          # (B, T, V)
     return -seen[0].grad.gather(-1, ids).squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
 
 
 def first_minibatch(algo, batch):
     """The first minibatch of a step that has a gradient."""
     for minibatch in algo.minibatches(batch, Log()):
-        if "advantages" not in minibatch or minibatch["advantages"].any():
+        # Without an advantage an answer teaches nothing; a demonstration may: it has a weight.
+        teaches = minibatch.get("weights" if "demonstrated" in minibatch else "advantages")
+        if teaches is None or teaches.any():
             return minibatch
     raise InputError("no token of this batch has a gradient (all answers were judged alike); try "
                      "another --seed")
@@ -86,7 +92,13 @@ def inspect_one(algo, generator, rows=4):
     weight, logprobs = gradient_weights(algo, minibatch)
     lines = ["trained: whether the loss sees the token   ratio: pi/pi_old   weight: -dL/d(logit of "
              "the token), by autograd"]
-    for b in range(min(rows, len(weight))):
+    demonstrated = minibatch.get("demonstrated", torch.zeros_like(minibatch["completion_mask"]))
+    if "demonstrated" in minibatch:
+        lines.append("demo: a demonstrator wrote the token")
+    demos = demonstrated.any(-1).nonzero().flatten().tolist()
+    own = (~demonstrated.any(-1)).nonzero().flatten().tolist()
+    n = min(len(demos), max(rows // 2, rows - len(own)))   # half of the rows of either kind
+    for b in own[:rows - n] + demos[:n]:
         p = minibatch["prompt_index"][b]
         prompt = minibatch["prompt_ids"][p][minibatch["prompt_mask"][p]].tolist()[1:]
         lines += ["", f"{'token':<8}{'trained':>8}{'logprob':>10}{'prob':>8}{'ratio':>8}"
@@ -100,7 +112,8 @@ def inspect_one(algo, generator, rows=4):
                 advantage = minibatch["advantages"][b]
                 shown = f"{(advantage[t] if advantage.dim() else advantage).item():+.3f}"
             token = token_text(tokenizer, minibatch["completion_ids"][b, t].item())
-            lines.append(f"{token:<8}{'yes':>8}{lp:>10.3f}{math.exp(lp):>8.3f}"
+            trained = "demo" if demonstrated[b, t] else "yes"
+            lines.append(f"{token:<8}{trained:>8}{lp:>10.3f}{math.exp(lp):>8.3f}"
                          f"{math.exp(lp - old):>8.3f}{shown:>11}" + colour(f"{w:>+12.6f}", w))
     return "\n".join(lines)
 

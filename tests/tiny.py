@@ -125,8 +125,8 @@ def padded(batch, left=3, right=2):
     """The batch with more padding, left of the prompts and right of the completions, full of
     misleading values."""
     values = {"prompt_ids": 5, "prompt_mask": False, "completion_ids": 5, "completion_mask": False,
-              "weights": 0, "old_logprobs": -50, "ref_logprobs": -50, "old_values": 1e6,
-              "advantages": 1e6, "returns": -1e6, "restrained": True}
+              "demonstrated": False, "weights": 0, "old_logprobs": -50, "ref_logprobs": -50,
+              "old_values": 1e6, "advantages": 1e6, "returns": -1e6, "restrained": True}
     widened = {name: torch.nn.functional.pad(
         batch[name], (left, 0) if name.startswith("prompt") else (0, right), value=value)
         for name, value in values.items() if name in batch and batch[name].dim() == 2}

@@ -94,7 +94,7 @@ def tabular(logits):
     states of a sequence. An algorithm can be built on it; the table is not among its weights."""
     model = torch.nn.Module()
     model.completion_logits = lambda states, mask, ids, completion_mask, index: \
-        logits[states[index]]
+        logits[states[index]][:, :ids.shape[1]]
     model.device, model.dtype = torch.device("cpu"), logits.dtype
     model.configure_optimizer = lambda config, *others: None
     return model
