@@ -15,7 +15,7 @@ RECIPES = {
     "prefix": dict(hint="one", imitation="prefix"),
     "bread": dict(hint="rescue", imitation="none"),
     "hpt": dict(gate="failed"),
-    "relift": dict(gate="buffer", buffer_size=2),
+    "relift": dict(gate="buffer", buffer_size=1),
     "nft": dict(own_loss="nft", imitation="none", num_iterations=2)}
 
 
