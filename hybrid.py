@@ -175,14 +175,14 @@ def policy_loss(logprobs, old_logprobs, advantages, epsilon=0.2, epsilon_high=No
 
 
 def nft_loss(logprobs, old_logprobs, right, success, eps=0.1):
-    """Negative-aware fine-tuning (2505.18116): right answers are imitated; wrong ones as well, by
-    the policy that is left when the right ones are taken out of pi_old. logprobs (B, T), right
-    and success, the group's share of right answers, (B, 1) -> (B, T)
+    """Negative-aware fine-tuning (2505.18116): right answers are imitated by the policy, wrong ones
+    by what is left of pi_old without it. logprobs (B, T), right and success, the group's share s of
+    right answers, (B, 1) -> (B, T)
 
-    pi_old is a mixture, success pi_right + (1 - success) pi_wrong. With R = pi / pi_old for
-    pi_right the wrong part has the ratio (1 - success R) / (1 - success): its logarithm rises as R
-    falls. The factor sqrt((1 - success) / success) makes the gradient at R = 1 that of GRPO with
-    the population's deviation: +sqrt((1 - s) / s) if right, -sqrt(s / (1 - s)) if wrong.
+    pi_old is a mixture, s pi_right + (1 - s) pi_wrong. Where pi stands for pi_right and R is pi /
+    pi_old, pi_wrong / pi_old is (1 - s R) / (1 - s): its logarithm rises as R falls. The factor
+    sqrt((1 - s) / s) makes the gradient at R = 1 that of GRPO with the population's deviation:
+    +sqrt((1 - s) / s) if right, -sqrt(s / (1 - s)) if wrong.
 
     Worked example, one right of four: R = 1 gives a loss of 0; the gradients on the log-probability
     are -1.73 if right and +.577 if wrong.
@@ -231,7 +231,7 @@ def entropies(all_logprobs):
 
 
 def top_share(values, mask, share):
-    """The largest `share` of each row's values under the mask, at least one. (B, T) -> (B, T) bool
+    """The largest `share` of each row's values under the mask, rounded up. (B, T) -> (B, T) bool
 
     Worked example: [.1, .7, .3, .9] under [1, 1, 1, 0] at .5: of three values two, [0, 1, 1, 0].
     """
@@ -256,9 +256,9 @@ def token_weights(own, demonstrated, own_share=1.0, demo_share=1.0):
 class Hybrid(nn.Module):
     Config = HybridConfig
     rows_together = 1   # each row's loss stands alone
-    legend = ("nll: of the demonstrators' tokens   mu: their share in the loss   open: share of "
-              "the demonstrations\nthat count   flat: share of groups whose own answers' rewards "
-              "are all equal")
+    legend = ("nll: of the demonstrators' tokens, 0 where none is trained on   mu: their share in "
+              "the loss\nopen: share of demonstrations that count   flat: share of groups whose "
+              "own rewards are all equal")
 
     def __init__(self, config, model, tokenizer, task):
         super().__init__()
@@ -341,11 +341,10 @@ class Hybrid(nn.Module):
             new_rows = torch.arange(len(again["rewards"])).view(-1, G) + len(batch["rewards"])
             right = again["rewards"].view(-1, G).max(1).values > 0.5
             batch = data.concatenate(batch, again, self.tokenizer.pad_id)
-            for k, (i, (low, high)) in enumerate(bounds.items()):
+            for (i, (low, high)), its_rows, found in zip(list(bounds.items()), new_rows, right):
                 middle = (low + high) / 2
-                bounds[i] = (low, middle) if right[k] else (middle, high)
-                if right[k]:
-                    rows[i] = new_rows[k]
+                bounds[i] = (low, middle) if found else (middle, high)
+                rows[i] = its_rows if found else rows[i]
         return data.take_rows(batch, rows.flatten().to(self.model.device))
 
     def minibatches(self, batch, log):
@@ -371,16 +370,24 @@ class Hybrid(nn.Module):
                 lambda b: entropies(self.logprobs(self.model, b)[1]), batch, config)
             trained = top_share(entropy, demo, config.top_entropy)
         own, demo = own.to(dtype), demo.to(dtype)   # a mask of numbers keeps its precision
-        shares = self.shares(own, demo, batch["mu"][0].to(dtype))
+        mu, total = batch["mu"][0].to(dtype), own.sum() + demo.sum()
+        shares = 1 - mu, mu
+        if config.imitation == "none":
+            shares = 1.0, 0.0
+        elif config.imitation in ("luffy", "srft", "prefix"):   # one mean over all tokens
+            shares = own.sum() / total, demo.sum() / total
+        elif config.hint != "none":     # UFT adds its hints' tokens
+            shares = 1.0, mu
+        elif config.gate != "none":     # a gate says which demonstrations count, and those wholly
+            shares = 1.0, 1.0
         weights = token_weights(own, demo, *shares) * (teaches | trained)       # (B, T)
-        counts = is_own | (config.gate == "none")   # buffer: a demonstration waits
-        if config.gate == "failed":     # it counts in place of the own answers
-            counts = gate_rows(failed, len(groups), G)
-        elif config.gate == "buffer":
+        if config.gate == "failed":     # the demonstration counts in place of the own answers
+            weights = weights * gate_rows(failed, len(groups), G)[:, None]
+        elif config.gate == "buffer":   # it waits
+            weights = weights * is_own[:, None]
             self.waiting[batch["shown"][~is_own][failed]] = True
         if config.gate != "none":
             log.mean("open", failed)
-        weights = weights * counts[:, None]
 
         # Rows without a gradient are left out; one stays where none has any, as in grpo.py.
         keep = (weights != 0).any(-1)
@@ -393,18 +400,6 @@ class Hybrid(nn.Module):
         if int(self.waiting.sum()) >= config.buffer_size:
             parts.append(self.waiting_batch())
         return parts
-
-    def shares(self, own, demo, mu):
-        """The shares of own and of demonstrated tokens in the loss. own, demo (B, T)"""
-        config = self.config
-        if config.imitation in ("luffy", "srft", "prefix"):   # one mean over all tokens
-            total = own.sum() + demo.sum()
-            return own.sum() / total, demo.sum() / total
-        if config.imitation == "none":
-            return 1.0, 0.0
-        if config.gate != "none":         # it says which of them count, and those wholly
-            return 1.0, 1.0
-        return (1 - mu, mu) if config.hint == "none" else (1.0, mu)   # UFT adds its hints' tokens
 
     def waiting_batch(self):
         """ReLIFT's other update: the demonstrations that have waited, imitated. None waits then."""

@@ -98,6 +98,7 @@ LOOP = ("--max_steps", 8, "--save_steps", 3, "--logging_steps", 1, "--eval_steps
 OWN = ("--batch_size", 4, "--num_generations", 4, "--reward", "verifier,brevity")
 DEMOS = ("--batch_size", 4, "--num_demonstrations", 10)   # so that epochs straddle batches
 SFT_, GRPO_ = ("--algo", "sft", *DEMOS), ("--algo", "grpo", *OWN)
+HYBRID_ = ("--algo", "hybrid", *OWN, "--num_demonstrations", 10, "--demonstrated", 2)
 CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "sft": SFT_, "grpo": GRPO_,
          "grpo, two passes and KL": (*GRPO_, "--num_iterations", 2, "--beta", 0.05),
@@ -111,8 +112,12 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "distill": ("--algo", "distill", *OWN), "rm": ("--algo", "rm", *OWN),
          # What is random in rewards belongs to the step as well.
          "grpo, random": (*GRPO_, "--reward", "random,brevity"),
-         "dpo, flipped": ("--algo", "dpo", *OWN, "--reward", "flipped,random")}
-UPDATES = {"grpo, two passes and KL": 2, "ppo": 4}   # per step, where it is not 1
+         "dpo, flipped": ("--algo", "dpo", *OWN, "--reward", "flipped,random"),
+         "hybrid, a buffer": (*HYBRID_, "--gate", "buffer", "--buffer_size", 5),
+         "hybrid, hints": (*HYBRID_, "--hint", "one", "--imitation", "prefix",
+                           "--num_iterations", 2)}
+# Updates per step, where it is not 1; every third step of the first hybrid makes one more.
+UPDATES = {"grpo, two passes and KL": 2, "ppo": 4, "hybrid, a buffer": 4 / 3, "hybrid, hints": 2}
 
 
 def same_networks(a, b):

@@ -87,5 +87,5 @@ def test_every_file_of_an_algorithm_is_in_the_gallery():
     assert {bug.file for bug in BUGS} >= {
         "model.py", "data.py", "tasks.py", "train.py", "harness/checkpoint.py",
         "harness/evaluate.py", "sft.py", "dft.py", "rft.py", "dpo.py", "rm.py", "ppo.py",
-        "grpo.py", "distill.py"}
+        "grpo.py", "distill.py", "hybrid.py"}
     assert len(BUGS) >= 30

@@ -180,6 +180,28 @@ OWN = {
         "teacher": ["{folder}/other-base"],
         "divergence": [None],
         "prefixes": [None]},
+    "hybrid": {
+        **SAMPLING,
+        "num_demonstrations": ["5"],
+        "hint": [None],
+        "imitation": ["none chord luffy srft"],
+        "imitation prefix": ["prefix", "--hint=one"],
+        "gate": ["failed buffer", "--buffer_size=2 --reward=brevity"],   # no mean is above 0
+        "own_loss": [None],
+        "demonstrated": ["3"],
+        "mu": ["0.9"],
+        "mu_end": ["0.9"],
+        "hint_share": ["0.5", "--hint=all"],
+        "hint_end": ["0.9", "--hint=all"],
+        "decay_steps": ["9", "--hint=all"],
+        "rescue_rounds": ["1", "--hint=rescue --reward=leaky"],
+        "gate_threshold": ["0.9", "--gate=failed"],
+        "buffer_size": ["3", "--gate=buffer --reward=brevity"],
+        "shaping": ["1", "--imitation=luffy"],
+        "top_entropy": ["1", "--hint=one --imitation=prefix"],
+        "num_iterations": ["2"],
+        "epsilon": ["0.01", f"--num_iterations=2 --epsilon_high=0.2 {FAST}"],
+        "epsilon_high": ["0.01", "--num_iterations=2 " + FAST]},
 }
 # Where an algorithm differs from the others in a shared flag.
 IMITATES = Same("it imitates a text that is given, and rewards nothing")
@@ -254,8 +276,9 @@ def observe(tmp_path_factory):
         if (algo, words) not in seen:
             seen[algo, words] = now = Seen()
             spied.update(saves=0, compiled=0)
-            samples = SAMPLES if algo in ("rft", "dpo", "rm", "ppo", "grpo", "distill") else ""
-            samples += " --teacher=teacher" if algo == "distill" else ""
+            sampling = issubclass(train.ALGORITHMS[algo].Config, flags.Sampling)
+            samples = SAMPLES * sampling + " --demonstrated=2" * (algo == "hybrid")
+            samples += " --teacher=teacher" * (algo == "distill")
             out = f"run-{len(seen)}"
             command = f"--algo={algo} {RUN}{samples} --out_dir={out} {words}".split()
             try:

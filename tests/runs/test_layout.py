@@ -13,7 +13,7 @@ from conftest import ROOT
 
 FILES = sorted(path for pattern in ("*.py", "harness/*.py", "tests/**/*.py")
                for path in ROOT.glob(pattern))
-ALGORITHM_FILES = ("sft", "dft", "rft", "dpo", "rm", "ppo", "grpo", "distill")
+ALGORITHM_FILES = ("sft", "dft", "rft", "dpo", "rm", "ppo", "grpo", "hybrid", "distill")
 DUTIES = ["__init__", "examples", "sample", "minibatches", "loss"]
 
 
