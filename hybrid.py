@@ -68,7 +68,7 @@ class HybridConfig(Demonstrations, Sampling):
     own_loss: Literal["grpo", "nft", "srft"] = flag("grpo", "loss of the own answers' tokens")
     demonstrated: int = flag(16, "prompts of a batch with a demonstration (1 to batch_size)",
                              at_least=1)
-    mu: float = flag(0.5, "share of the demonstrations in the loss (sft and chord without a gate)",
+    mu: float = flag(0.5, "share of the demonstrations in the loss; weight of hints (sft, chord)",
                      at_least=0, at_most=1)
     mu_end: float = flag(None, "the same in the end, by a cosine; none: mu", at_least=0, at_most=1)
     hint_share: float = flag(0.9, "share of the demonstration that is given as a hint, at first",

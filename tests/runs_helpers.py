@@ -116,8 +116,8 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "hybrid, a buffer": (*HYBRID_, "--gate", "buffer", "--buffer_size", 5),
          "hybrid, hints": (*HYBRID_, "--hint", "one", "--imitation", "prefix",
                            "--num_iterations", 2)}
-# Updates per step, where it is not 1; every third step of the first hybrid makes one more.
-UPDATES = {"grpo, two passes and KL": 2, "ppo": 4, "hybrid, a buffer": 4 / 3, "hybrid, hints": 2}
+# Updates per step, where it is not 1; steps 3 and 6 of the hybrid with a buffer make one more.
+UPDATES = {"grpo, two passes and KL": 2, "ppo": 4, "hybrid, a buffer": 1.25, "hybrid, hints": 2}
 
 
 def same_networks(a, b):

@@ -143,6 +143,8 @@ def test_prefix_rft_gives_one_answer_of_a_group_a_hint():
     algo = make_hybrid(hint="one", imitation="prefix", hint_share=0.8, hint_end=0.4, max_steps=8)
     for step, low in ((0, 0.8), (2, 0.6), (4, 0.4), (7, 0.4)):
         which = data.batch_indices(10, algo.config, step, 2)
+        drawn = {tuple(lengths_of_hints(algo, step, seed)[:2, 0].tolist()) for seed in range(8)}
+        assert len(drawn) == 1 if step == 0 else len(drawn) > 2
         for seed in range(4):
             found = lengths_of_hints(algo, step, seed)
             assert not found[2:].any() and not found[:, 1:].any()

@@ -108,6 +108,15 @@ def test_the_weights_in_closed_form():
         assert close(found, 0.5 * torch.tensor(-entropy).exp() + advantage * P, 1e-7)
 
 
+def test_entropies_are_weights_and_no_aim():
+    """SRFT's two factors of the entropy are detached: its own gradient is nowhere in the loss."""
+    lp, A = torch.full((1, 1), -1.0), torch.zeros(1, 1)
+    for loss in (lambda H: imitation_loss(lp, H, A, "srft"),
+                 lambda H: srft_loss(lp, H, torch.tensor([[True]]))):
+        H = torch.ones(1, 1, requires_grad=True)
+        assert not loss(H).requires_grad and loss(H) > 0
+
+
 def test_an_unknown_imitation_is_named():
     with pytest.raises(ValueError, match="imitation 'chrod': choose from none, sft, chord, luffy"):
         weight_of("chrod", 0.5)

@@ -20,7 +20,8 @@ from runs_helpers import complaint, interrupted, summary
 
 SIBLINGS = {"sft": "--completion_only maybe", "dft": "--iw_max 0", "rft": "--awr_beta 0",
             "dpo": "--simpo_gamma -1", "rm": "--center_rewards_coefficient -1",
-            "ppo": "--vf_coef -1", "grpo": "--advantage_eps -1", "distill": "--divergence up"}
+            "ppo": "--vf_coef -1", "grpo": "--advantage_eps -1", "hybrid": "--shaping 0",
+            "distill": "--divergence up"}
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,8 @@ LOGGED = {"pretrain": {"nll"}, "sft": {"nll"},
           "rm": {"reward", "accuracy", "margin"},
           "distill": {"reward", "rewards/brevity/mean", "teacher_kl", "entropy"},
           "grpo": {"reward", "rewards/brevity/mean", "frac_reward_zero_std",
-                   "completions/mean_length"}}
+                   "completions/mean_length"},
+          "hybrid": {"reward", "nll", "mu", "frac_reward_zero_std"}}
 TOTALS = {"updates", "sampled_tokens", "trained_tokens", "seconds", "sampling_seconds",
           "updating_seconds", "eval_seconds", "pretrain_seconds"}
 
