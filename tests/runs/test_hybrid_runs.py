@@ -75,7 +75,8 @@ FITS = "--max_new_tokens 5 --block_size"
     (f"--min_terms 2 --max_terms 2 {FITS}", 5 + 6),                      # 3+4=, then 3+4=7<end>
     (f"--min_terms 2 --max_terms 2 --hint all {FITS}", 5 + 6 + 5),       # then 5 more
     (f"--data data.jsonl --eval_data data.jsonl {FITS}", 5 + 8),         # then it is 7<end>
-    (f"--data data.jsonl --eval_data data.jsonl --hint one {FITS}", 5 + 8 + 4)])
+    (f"--data data.jsonl --eval_data data.jsonl --hint one {FITS}", 5 + 8 + 4),
+    ("--data data.jsonl --eval_data short.jsonl --max_new_tokens 20 --block_size", 5 + 20)])
 def test_demonstrations_and_what_follows_hints_must_fit(refused, monkeypatch, flags, fits):
     """Demonstrations are read whole, and after a hint up to max_new_tokens are sampled: a context
     that is a token too short is refused before anything is trained, the next is not."""
@@ -84,8 +85,10 @@ def test_demonstrations_and_what_follows_hints_must_fit(refused, monkeypatch, fl
 
     def reached(*args):
         raise Reached
-    write_jsonl([{"prompt": "3+4=", "completion": "it is 7", "answer": "7"}])
-    assert f"block_size {fits - 1}" in refused(f"{flags} {fits - 1}")
+    for prompt, file in (("3+4=", "data.jsonl"), ("4=", "short.jsonl")):
+        write_jsonl([{"prompt": prompt, "completion": "it is 7", "answer": "7"}], file)
+    said, what = refused(f"{flags} {fits - 1}"), "data.jsonl" if "--data" in flags else "a prompt"
+    assert said.startswith(what) and f"block_size {fits - 1}" in said
     monkeypatch.setattr(report, "needed_line", reached)
     with pytest.raises(Reached):
         run("--algo", "hybrid", *flags.split(), fits)
