@@ -358,7 +358,6 @@ class Hybrid(nn.Module):
         advantages = joint_advantages(groups, shown, join)                      # (B,)
         success = torch.cat([groups.mean(1).repeat_interleave(G), shown])       # (B,)
         log.mean("frac_reward_zero_std", groups.max(1).values == groups.min(1).values)
-        log.mean("mu", batch["mu"])
 
         demo = batch["demonstrated"]                                            # (B, T)
         own = teaches = batch["completion_mask"] & ~demo
@@ -380,6 +379,7 @@ class Hybrid(nn.Module):
             shares = 1.0, mu
         elif config.gate != "none":     # a gate says which demonstrations count, and those wholly
             shares = 1.0, 1.0
+        log.mean("mu", shares[1])
         weights = token_weights(own, demo, *shares) * (teaches | trained)       # (B, T)
         if config.gate == "failed":     # the demonstration counts in place of the own answers
             weights = weights * gate_rows(failed, len(groups), G)[:, None]
@@ -412,8 +412,7 @@ class Hybrid(nn.Module):
                 "weights": token_weights(0 * mask, mask), "advantages": zeros, "success": zeros}
 
     def score(self, model, batch):
-        """Log-probabilities (B, T) without gradient, in the micro-batches that training will
-        use."""
+        """Log-probabilities (B, T) without gradient, in the micro-batches of training."""
         return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
 
     def logprobs(self, model, batch):

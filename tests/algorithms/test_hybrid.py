@@ -145,6 +145,19 @@ def test_mu_falls_in_half_of_the_run(settings, found):
         assert log.line()["mu"] == pytest.approx(mu, abs=5e-4)
 
 
+@pytest.mark.parametrize("recipe", ["luffy", "srft", "prefix"])
+def test_one_average_over_all_tokens_gives_the_share_that_is_logged(recipe):
+    """Where whoever wrote a token its weight is the same, mu is the demonstrators' share of the
+    tokens; no imitation has none of it."""
+    algo, log = make_hybrid(**RECIPES[recipe]), Log()
+    batch = sample(algo)
+    algo.minibatches(batch, log)
+    share = batch["demonstrated"].sum() / batch["completion_mask"].sum()
+    assert log.line()["mu"] == pytest.approx(share.item()) and 0 < share < 1
+    minibatches(make_hybrid(imitation="none"), log=log)
+    assert log.line()["mu"] == 0
+
+
 def test_what_is_logged(float64):
     """nll: of the demonstrators' tokens alone; flat: of the own answers' groups; open: share of
     demonstrations that count, and there is none without a gate."""

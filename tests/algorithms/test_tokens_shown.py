@@ -105,6 +105,19 @@ def test_ratio_and_advantage(advantages, cells):
     assert [row[-2] for row in rows] == cells
 
 
+def test_a_demonstrators_tokens_are_called_demo():
+    """The 7 of the first answer was a hint: `demo`, and its probability is that at temperature 1,
+    1/2, whatever the policy samples at; rows without a hint come first."""
+    algo = pull(advantages=torch.tensor([1.0, -1.0]), weights=torch.ones(2, 2),
+                demonstrated=torch.tensor([[True, False], [False, False]]))
+    algo.config.temperature = 2.0
+    found = shown(algo)
+    assert found[:2] == [HEADING, "demo: a demonstrator wrote the token"]
+    rows = [line.split() for line in found if " yes " in line or " demo " in line]
+    assert [row[:2] for row in rows] == [["+", "yes"], ["7", "demo"], ["<end>", "yes"]]
+    assert rows[1][3] == "0.500"
+
+
 def test_the_first_minibatch_with_a_gradient_is_shown():
     """Where the advantages of a minibatch are all 0, the next one is taken."""
     algo = pull(advantages=torch.tensor([1.0, -1.0]))
