@@ -20,7 +20,8 @@ count at all. `demonstrated` of a batch's prompts come with one.
 
     method      source       flags (num_demonstrations, mu: to taste)               in the survey?
     plain sum                the default: --imitation sft --mu 0.5
-    CHORD       2508.11408   --imitation chord --mu 0.9 --mu_end 0.05                            yes
+    CHORD-mu    2508.11408   --imitation sft --mu 0.9 --mu_end 0.05                              yes
+    CHORD-phi   the same     --imitation chord --mu 0.1                                          yes
     LUFFY       2504.14945   --imitation luffy                                                   yes
     SRFT        2506.19767   --imitation srft --own_loss srft                                    yes
     UFT         2505.16984   --hint all --imitation sft --mu 0.1                                 yes
