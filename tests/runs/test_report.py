@@ -57,10 +57,10 @@ def test_every_column_has_its_digits(capsys):
     found = dict(zip(titles.values(), cells.split()))
     assert {found.pop("step"), found.pop("left")} == {"7", "1:01"}
     assert {text: " ".join(t for t in found if found[t] == text) for text in found.values()} == {
-        "1234.568": "reward true nll accuracy value loss moved heldout pairs heldout heldout nll "
-                    "entropy clipped",
+        "1234.568": "reward true nll accuracy value loss to teacher moved heldout pairs heldout "
+                    "heldout nll entropy clipped",
         "+1234.568": "loss", "+1234.57": "chosen rejected",
-        "1234.57": "weight unweighted kept margin skipped worked KL grad ratio flat",
+        "1234.57": "weight unweighted kept mu open margin skipped worked KL grad ratio flat",
         "1234.6": "length", "1,235": "sample/s train/s"}
 
 
@@ -69,7 +69,8 @@ def test_columns_stand_under_their_metric():
     shown = {title: name for name, title, _ in report.COLUMNS}
     assert shown == {
         "step": "step", "reward": "reward", "true": "true_reward", "loss": "loss", "nll": "nll",
-        "weight": "mean_weight", "unweighted": "frac_weight_near_zero", "kept": "kept",
+        "mu": "mu", "open": "open", "to teacher": "teacher_kl", "weight": "mean_weight",
+        "unweighted": "frac_weight_near_zero", "kept": "kept",
         "chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins",
         "skipped": "skipped_pairs", "accuracy": "accuracy", "value loss": "loss/value",
         "moved": "policy/approxkl", "heldout pairs": "eval/pair_accuracy",

@@ -11,7 +11,7 @@ import data
 import tasks
 import train
 from conftest import SHAPE, TASK, run
-from harness import checkpoint as checkpoints
+from harness import arms, checkpoint as checkpoints
 from harness import evaluate, flags, prepare, report
 from model import GPTConfig
 from rm import RMConfig
@@ -98,13 +98,13 @@ def test_what_is_left_of_chain_is_what_chain_is_judged_by(tiny_base, monkeypatch
 def test_facts_can_be_compared(capsys):
     """compare.py plans them, finds nothing amiss, and its table has a column for what is left."""
     words = ["--task", "facts", "--eval_problems", "8"]
-    runs = compare.plan(["sft", "grpo"], words, 0, 2)
-    assert [config.out_dir for _, config, _ in runs][::2] == ["out/facts-sft-0", "out/facts-grpo-0"]
-    for _, config, _ in runs:
-        assert compare.check_held_out(config) is None
+    configs = [arm.stages[0].config for arm in compare.plan(["sft", "grpo"], words, 0, 2)]
+    assert [config.out_dir for config in configs][::2] == ["out/facts-sft-0", "out/facts-grpo-0"]
+    for config in configs:
+        assert arms.check_held_out(config) is None
         [base] = prepare.check(config, train.ALGORITHMS)
         assert base.out_dir == "out/chain-pretrain-0" and base.task == "chain"
-    assert compare.reusable(runs[0][1]) is False
+    assert compare.reusable(configs[0]) is False
     run("--algo", "sft", "--task", "facts", *TAIL)
     assert "kept: chain" in capsys.readouterr().out
     table = report.comparison([{"variant": "sft", **summary("out/facts-sft-0")}])
