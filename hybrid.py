@@ -186,10 +186,12 @@ def nft_loss(logprobs, old_logprobs, right, success, eps=0.1):
     +sqrt((1 - s) / s) if right, -sqrt(s / (1 - s)) if wrong.
 
     Worked example, one right of four: R = 1 gives a loss of 0; the gradients on the log-probability
-    are -1.73 if right and +.577 if wrong.
+    are -1.73 if right and +.577 if wrong. Where s R comes near 1 or above, the value is cut at eps
+    and the gradient is not: the likelier a wrong token has become, the harder it is pushed down.
     """
     ratio, success = (logprobs - old_logprobs).exp(), success.clamp(eps / 10, 1 - eps / 10)
-    wrong_ratio = ((1 - success * ratio) / (1 - success)).clamp(min=eps)
+    wrong_ratio = (1 - success * ratio) / (1 - success)                         # (B, T)
+    wrong_ratio = wrong_ratio + (wrong_ratio.clamp(min=eps) - wrong_ratio).detach()
     losses = -torch.where(right, logprobs - old_logprobs, wrong_ratio.log())
     return ((1 - success) / success).sqrt() * losses
 

@@ -115,8 +115,11 @@ def test_nft_imitates_what_is_left_of_the_old_policy():
         h = 1e-6
         slope = (wrong(pi * math.exp(h))[0] - wrong(pi * math.exp(-h))[0]) / (2 * h)
         assert wrong(pi)[1] == pytest.approx(slope, rel=1e-6) and slope > 0
-    assert wrong(0.65)[1] == 0       # R = 3.25: less than .1 of pi_old is left, where the clamp is
-    assert wrong(0.65)[0] == pytest.approx(-weight * math.log(0.1))
+    # Where less than .1 of pi_old is left, or less than nothing (R = 3.25 and 4), the value stays
+    # and the token is pushed down all the same: d/dlog pi of (1 - s R) / (1 - s) over the .1.
+    for pi in (0.65, 0.8):
+        assert wrong(pi)[0] == pytest.approx(-weight * math.log(0.1))
+        assert wrong(pi)[1] == pytest.approx(weight * s * pi / old / (1 - s) / 0.1)
 
 
 def test_nft_of_a_right_token_is_the_weighted_likelihood():
