@@ -10,15 +10,15 @@ Hybrids: demonstrations and the policy's own answers in one loss. SFT and RL at 
 
 RL learns from what the policy samples: a habit that it never samples is never rewarded. SFT learns
 from what it is shown: a few texts are memorised. A hybrid wants both (survey 2603.13985, sections
-4.2 and 4.4). What it has to beat is the two in turn, which needs no file of its own:
+4.2 and 4.4). It has to beat SFT followed by RL, which needs no file of its own:
 
     python compare.py "sft:num_demonstrations=64>grpo" hybrid:num_demonstrations=64
 
 Three choices make the methods. `--hint`: where own answers begin, at the prompt or after a part of
 a demonstration. `--imitation`: what a demonstrator's token weighs. `--gate`: when demonstrations
-count at all. `demonstrated` of a batch's prompts come with one.
+count at all. `--demonstrated` says how many of a batch's prompts come with a demonstration.
 
-    method      source       flags (num_demonstrations, mu: to taste)               in the survey?
+    method      source       flags (num_demonstrations, mu: to taste)            seen in the survey?
     plain sum                the default: --imitation sft --mu 0.5
     CHORD-mu    2508.11408   --imitation sft --mu 0.9 --mu_end 0.05                              yes
     CHORD-phi   the same     --imitation chord --mu 0.1                                          yes
@@ -31,6 +31,9 @@ count at all. `demonstrated` of a batch's prompts come with one.
     SuperRL     2506.01096   the same: a gate at 0 right answers                                  no
     ReLIFT      2506.07527   --imitation sft --gate buffer                                       yes
     NFT         2505.18116   --own_loss nft --imitation none --num_iterations 2                  yes
+
+`--mu` is read with --imitation sft and chord where there is no gate. A gate gives either sum its
+whole weight; luffy, srft and prefix take one mean over all tokens, whoever wrote them.
 
 Differences from the papers. Advantages and averages over tokens are those of grpo.py's defaults
 everywhere. ReLIFT is without its entropy term, UFT without its KL, and its hints end at tokens, not
@@ -69,8 +72,8 @@ class HybridConfig(Demonstrations, Sampling):
     own_loss: Literal["grpo", "nft", "srft"] = flag("grpo", "loss of the own answers' tokens")
     demonstrated: int = flag(16, "prompts of a batch with a demonstration (1 to batch_size)",
                              at_least=1)
-    mu: float = flag(0.5, "share of the demonstrations in the loss; weight of hints (sft, chord)",
-                     at_least=0, at_most=1)
+    mu: float = flag(0.5, "sft, chord without a gate: share of the demonstrations in the loss, or "
+                          "weight of the hints", at_least=0, at_most=1)
     mu_end: float = flag(None, "the same in the end, by a cosine; none: mu", at_least=0, at_most=1)
     hint_share: float = flag(0.9, "share of the demonstration that is given as a hint, at first",
                              at_least=0, at_most=1)
@@ -191,20 +194,20 @@ def nft_loss(logprobs, old_logprobs, right, success, eps=0.1):
     """
     ratio, success = (logprobs - old_logprobs).exp(), success.clamp(eps / 10, 1 - eps / 10)
     wrong_ratio = (1 - success * ratio) / (1 - success)                         # (B, T)
-    wrong_ratio = wrong_ratio + (wrong_ratio.clamp(min=eps) - wrong_ratio).detach()
+    wrong_ratio = wrong_ratio.detach().clamp(min=eps) + (wrong_ratio - wrong_ratio.detach())
     losses = -torch.where(right, logprobs - old_logprobs, wrong_ratio.log())
     return ((1 - success) / success).sqrt() * losses
 
 
 def srft_loss(logprobs, entropy, right):
-    """-.1 sg(exp H) log pi if right, log pi if wrong (2506.19767). logprobs, entropy (B, T), right
-    (B, 1) -> (B, T)"""
+    """-.1 sg(exp H) log pi if right, log pi if wrong (2506.19767); sg: held fixed. logprobs,
+    entropy (B, T), right (B, 1) -> (B, T)"""
     return torch.where(right, -0.1 * entropy.detach().exp() * logprobs, logprobs)
 
 
 def imitation_loss(logprobs, entropy, advantages, imitation="sft", shaping=0.1):
     """The loss of a demonstrator's token of probability p. logprobs, entropy (B, T), advantages
-    (B, 1) -> (B, T). Raises ValueError for an unknown imitation.
+    (B, 1) -> (B, T). sg: held fixed, without gradient. Raises ValueError for an unknown imitation.
 
     imitation   loss                             weight of log pi        at p = .01, .5, .99
     sft         - log pi                         1                         1     1     1
@@ -213,8 +216,9 @@ def imitation_loss(logprobs, entropy, advantages, imitation="sft", shaping=0.1):
                                                                            .083  .139  .083 A
     srft        - sg(.5 exp(-H)) log pi - A p    .5 exp(-H) + A p
 
-    luffy's ratio is p itself, since pi_old of the demonstrator is taken to be 1; p / (p + shaping)
-    gives the unlikely tokens, from which one learns, the larger gradient.
+    luffy's ratio is p itself, since pi_old of the demonstrator is taken to be 1. Its weight would
+    be A p, next to nothing on the unlikely tokens, from which there is most to learn; that of p /
+    (p + shaping) is largest at p = shaping.
     """
     check_choice(HybridConfig, "imitation", imitation)
     p = logprobs.exp()
@@ -261,7 +265,7 @@ class Hybrid(nn.Module):
     rows_together = 1   # each row's loss stands alone
     legend = ("nll: of the demonstrators' tokens, 0 where none is trained on   mu: their share in "
               "the loss\nopen: share of demonstrations that count   flat: share of groups whose "
-              "own rewards are all equal")
+              "own rewards are all equal\nreward: of all own answers, also of those after hints")
 
     def __init__(self, config, model, tokenizer, task):
         super().__init__()
@@ -405,7 +409,7 @@ class Hybrid(nn.Module):
         return parts
 
     def waiting_batch(self):
-        """ReLIFT's other update: the demonstrations that have waited, imitated. None waits then."""
+        """ReLIFT's other update: the demonstrations that have waited, imitated. Then none waits."""
         shown = [self.demonstrations[i] for i in self.waiting.nonzero().flatten().tolist()]
         self.waiting.zero_()
         batch = data.collate(shown, self.tokenizer, self.model.device)

@@ -337,9 +337,9 @@ BUGS = [
         "return ((1 - success) / success).sqrt() * losses",
         "return (1 - success) / success * losses",
         "identities/test_hybrid_groups.py::test_nft_on_policy_is_grpo", "2505.18116"),
-    Bug("hybrid.py", "NFT's clamp takes the gradient as well: a wrong token that has grown likely is "
-        "never pushed down again",
-        "wrong_ratio = wrong_ratio + (wrong_ratio.clamp(min=eps) - wrong_ratio).detach()",
+    Bug("hybrid.py", "NFT's clamp takes the gradient as well: a wrong token that has grown likely "
+        "is never pushed down again",
+        "wrong_ratio = wrong_ratio.detach().clamp(min=eps) + (wrong_ratio - wrong_ratio.detach())",
         "wrong_ratio = wrong_ratio.clamp(min=eps)",
         "identities/test_hybrid_groups.py::test_nft_imitates_what_is_left_of_the_old_policy",
         "2505.18116, whose authors clamp the value alone (NVlabs/NFT, clamp_preserve_grad)"),
