@@ -24,9 +24,9 @@ reverse KLs are on average KL(pi || q) of whole answers, but the full gradient h
 token also decides which prefixes follow, and what they will cost. MiniLLM keeps that term.
 
 What it cannot do: a student is corrected where it goes and nowhere else. One that never writes
-worked steps is never corrected in them. Nor does reverse lead it there, for it weighs a token by
-the student's own probability: the first token of a step, however much the teacher wants it, has
-hardly a gradient. forward pulls it up at once, and --prefixes teacher shows what follows, but not
+worked steps is never corrected in them. reverse does not lead it there either: it weighs a token
+by the student's own probability, so the first token of a step has hardly a gradient, however much
+the teacher wants it. forward pulls it up at once. --prefixes teacher shows what follows, but not
 what to do after the student's own mistakes.
 """
 

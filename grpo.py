@@ -43,12 +43,12 @@ Which flags make which published method (defaults otherwise):
     Clip-Cov (2505.22617)  --covariance clip --num_minibatches 8 --epsilon 1
     KL-Cov (2505.22617)    --covariance kl --num_minibatches 8 --epsilon 1
 
-The survey (2603.13985, section 3.2) names GRPO, ReMax, RLOO, Clip-Cov and KL-Cov; MaxRL and GDPO
-it does not, and PSR and NSR have not been seen in it.
+The survey (2603.13985, section 3.2) names GRPO, ReMax, RLOO, Clip-Cov and KL-Cov; MaxRL, GDPO, PSR
+and NSR have not been seen in it.
 
 With dr_grpo the losses of RLOO, ReMax, REINFORCE and MaxRL carry a factor that their papers lack:
 the sum over an answer's tokens is divided by the constant L = max_new_tokens. Adam does not care;
-max_grad_norm acts L times later.
+max_grad_norm acts on gradients that are L times as large.
 
 "Why does --covariance kl change nothing?" Its KL to pi_old is 0, and flat, as long as the policy is
 pi_old. It acts from the second update of a batch on, so one update a batch is refused.
@@ -241,8 +241,9 @@ def restrained_tokens(logprobs, batch, config):
     lies between cov_low and cov_high. kl: those with the largest covariance, if it is above 0, and
     any that equal the last of them.
 
-    The paper's shares, 2e-4 and 2e-3, are of batches a thousand times as large: a batch here has a
-    few thousand tokens, of which 2e-4 is one or none.
+    They are chosen once a batch, at the policy that sampled; the authors' code chooses anew at each
+    update, among its tokens. The paper's shares, 2e-4 and 2e-3, are of batches a thousand times as
+    large: a batch here has a few thousand tokens, of which 2e-4 is one or none.
     """
     mask, number = batch["completion_mask"], int(config.cov_share * batch["completion_mask"].sum())
     covariances = token_covariances(logprobs, batch["advantages"], mask)        # (B, T)

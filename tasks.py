@@ -149,7 +149,7 @@ class Chain(Task):
     def solve(prompt, style="own", slip=(-1, 0)):
         """`7+5*3=` -> {"answer": "6", "steps": "7+5=2;2*3=6"}.
 
-        slip: which step is wrong and how much too large its result; those that follow go on from
+        slip: which step is wrong, and by how much its result is too large; later steps go on from
         it. With (0, 1) the same is worked out as `7+5=3;3*3=9`, and the answer is 9.
         """
         total, steps = int(prompt[0]), []
@@ -168,8 +168,8 @@ class Chain(Task):
         return {"answer": str(total), "steps": steps[-1] if style == "bare" else ";".join(steps)}
 
     def demonstrations(self, size, seed, style="own", wrong_share=0.0):
-        """The same problems in every style; those that are wrong at a small share are so at a
-        larger one, in the same way."""
+        """The same problems in every style. What is wrong at a small wrong_share is wrong in the
+        same way at a larger one."""
         rng = random.Random(f"{self.name} demonstrations {seed}")
         return [self.demonstration(rng, style, wrong_share, random.Random(f"slip {seed} {i}"))
                 for i in range(size)]
@@ -180,7 +180,7 @@ class Chain(Task):
         prompt, answer = problem["prompt"], problem["answer"]
         slip = (-1, 0)
         if slips is not None and slips.random() < wrong_share:
-            # A later `*0` makes good what was wrong, and the steps after it are other ones.
+            # Drawn again where a later `*0` undoes it, or where it leads to a test problem's step.
             while self.solve(prompt, slip=slip)["answer"] == answer \
                     or self.gives_away(prompt, slip):
                 slip = slips.randrange(len(prompt) // 2 - 1), slips.randint(1, 9)
@@ -338,8 +338,8 @@ class Countdown(Task):
 
     def chance(self, k, size=256):
         """pass@k of writing down random expressions of the right numbers, on the first `size` test
-        problems: .062, .214, .567 for k = 1, 4, 16. The share of right expressions is counted out,
-        because 1 - (1 - p)^k of an estimated p is biased."""
+        problems: .062, .214, .567 for k = 1, 4, 16. The share of right expressions is counted, not
+        estimated, because 1 - (1 - p)^k of an estimated p is biased."""
         problems = self.problems("test", size, seed=0)
         shares = [self.values(tuple(p["numbers"]))[p["target"]] / 96 for p in problems]
         return sum(1 - (1 - p) ** k for p in shares) / len(shares)

@@ -183,8 +183,8 @@ class Sampling(Settings):
     num_generations: int = flag(16, "answers per prompt, the group (4 to 64)", at_least=1)
     num_prompts: int = flag(4000, "size of the finite set of training problems (500 to 100000)",
                             at_least=1)
-    temperature: float = flag(1.0, "of sampling (grpo, ppo, distill: and of scoring; 0.7 to "
-                                   "1.2)", above=0)
+    temperature: float = flag(1.0, "of sampling (grpo, ppo, hybrid, distill: and of scoring; "
+                                   "0.7 to 1.2)", above=0)
     reward: str = flag("verifier", "reward functions, comma-separated: verifier, model, majority, "
                                    "format, brevity; dpo: confidence; wrong ones: leaky, flipped, "
                                    "random")
