@@ -37,7 +37,8 @@ whole weight; luffy, srft and prefix take one mean over all tokens, whoever wrot
 
 Differences from the papers. Advantages and averages over tokens are those of grpo.py's defaults
 everywhere. ReLIFT is without its entropy term, UFT without its KL, and its hints end at tokens, not
-at sentences. BREAD samples whole groups while it searches. NFT weighs prompts as GRPO does.
+at sentences. BREAD samples whole groups while it searches, and one right answer in a group is
+enough. NFT weighs prompts as GRPO does.
 
 Left out: AMFT (2508.06944), whose mu follows a gradient through a validation set, and BRIDGE
 (2509.06948), which solves two nested problems. SRL (2510.25992) rewards steps that resemble the
