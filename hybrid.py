@@ -71,8 +71,8 @@ class HybridConfig(Demonstrations, Sampling):
         "none", "when demonstrations count: always, where the group failed, or by themselves once "
                 "buffer_size groups have")
     own_loss: Literal["grpo", "nft", "srft"] = flag("grpo", "loss of the own answers' tokens")
-    demonstrated: int = flag(16, "prompts of a batch with a demonstration (1 to batch_size)",
-                             at_least=1)
+    demonstrated: int = flag(0, "prompts of a batch that come with a demonstration; 0: half",
+                             at_least=0)
     mu: float = flag(0.5, "sft, chord without a gate: share of the demonstrations in the loss, or "
                           "weight of the hints", at_least=0, at_most=1)
     mu_end: float = flag(None, "the same in the end, by a cosine; none: mu", at_least=0, at_most=1)
@@ -100,6 +100,7 @@ class HybridConfig(Demonstrations, Sampling):
     def __post_init__(self):
         super().__post_init__()
         names = self.reward.split(",")
+        self.demonstrated = self.demonstrated or max(self.batch_size // 2, 1)
         if self.num_generations < 2:
             raise InputError("--num_generations 1 leaves a group nothing to compare with: raise it")
         if self.demonstrated > self.batch_size:
@@ -108,11 +109,17 @@ class HybridConfig(Demonstrations, Sampling):
         if self.gate != "none" and (self.hint != "none" or self.imitation not in ("sft", "chord")):
             raise InputError(f"--gate {self.gate} decides about whole demonstrations: use it with "
                              "--hint none and --imitation sft or chord")
+        if self.gate != "none" and ({"brevity", "model"} & {*names} or self.reward_weights):
+            raise InputError(f"--gate {self.gate} compares mean rewards of 0 to 1 with its "
+                             "threshold: leave out brevity, model and --reward_weights")
         if self.own_loss != "grpo" or self.hint == "rescue":   # they ask whether one is right
             if len(names) > 1 or names[0] in ("model", "brevity") or self.reward_weights:
                 raise InputError(f"--own_loss {self.own_loss} with --hint {self.hint} needs "
                                  "rewards of 0 and 1: give one --reward, not model or brevity, "
                                  "and no --reward_weights")
+        if self.own_loss == "nft" and self.imitation in ("luffy", "srft"):
+            raise InputError(f"--own_loss nft learns from the group's own answers: --imitation "
+                             f"{self.imitation} puts a demonstration among them; use sft or none")
         if self.imitation == "prefix" and self.hint == "none":
             raise InputError("--imitation prefix is for hints: use it with --hint one or all")
         if self.imitation in ("luffy", "srft") and "majority" in names:

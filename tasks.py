@@ -449,6 +449,9 @@ class Rewards:
         elif "confidence" in names.split(","):
             raise InputError("--reward confidence is for --algo dpo, whose sampler judges its own "
                              "answers")
+        if len(set(names.split(","))) < len(names.split(",")):
+            raise InputError(f"--reward {names} names a reward twice: give it a weight in "
+                             "--reward_weights")
         for name in names.split(","):
             if name not in known:
                 raise InputError(f"--reward {name} is unknown for {task.name}: use one or more of "

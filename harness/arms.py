@@ -121,6 +121,6 @@ def check(arms, algorithms):
             needed += prepare.check(stage.trial, algorithms)
             if stage.config is not first and judged_by(stage.config) != judged_by(first):
                 raise InputError(f"{stage.name}: its stages are judged by different problems: give "
-                                 "--eval_data, --eval_problems and --max_new_tokens as common "
-                                 "flags")
+                                 "--task, --eval_data, --eval_problems and --max_new_tokens as "
+                                 "common flags")
     return needed

@@ -10,6 +10,7 @@ class Same(str):
 
 BASE = "--init_from={folder}/other-base"     # where a flag must change more than the base
 FAST = "--learning_rate=0.1"                 # where the policy has to be off the reference
+OPEN = "--reward=format --gate_threshold=0.9"    # an untrained model shows no steps
 CLIP = "--covariance=clip --cov_low=0.01"    # the covariances of an untrained model are small
 
 # {flag: [changed value, what else has to be given, what becomes different]}; None: each of its
@@ -153,7 +154,7 @@ OWN = {
         "hint": [None],
         "imitation": ["none chord luffy srft"],
         "imitation prefix": ["prefix", "--hint=one"],
-        "gate": ["failed buffer", "--buffer_size=2 --reward=brevity"],   # no mean is above 0
+        "gate": ["failed buffer", "--buffer_size=2 " + OPEN],
         "own_loss": [None],
         "demonstrated": ["3"],
         "mu": ["0.9"],
@@ -163,7 +164,7 @@ OWN = {
         "decay_steps": ["9", "--hint=all"],
         "rescue_rounds": ["1", "--hint=rescue --reward=leaky"],
         "gate_threshold": ["0.9", "--gate=failed"],
-        "buffer_size": ["3", "--gate=buffer --reward=brevity"],
+        "buffer_size": ["3", "--gate=buffer " + OPEN],
         "shaping": ["1", "--imitation=luffy"],
         "top_entropy": ["1", "--hint=one --imitation=prefix"],
         "num_iterations": ["2"],

@@ -98,7 +98,7 @@ LOOP = ("--max_steps", 8, "--save_steps", 3, "--logging_steps", 1, "--eval_steps
 OWN = ("--batch_size", 4, "--num_generations", 4, "--reward", "verifier,brevity")
 DEMOS = ("--batch_size", 4, "--num_demonstrations", 10)   # so that epochs straddle batches
 SFT_, GRPO_ = ("--algo", "sft", *DEMOS), ("--algo", "grpo", *OWN)
-HYBRID_ = ("--algo", "hybrid", *OWN, "--num_demonstrations", 10, "--demonstrated", 2)
+HYBRID_ = ("--algo", "hybrid", *OWN, "--num_demonstrations", 10)   # two of four prompts have one
 CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          "sft": SFT_, "grpo": GRPO_,
          "grpo, two passes and KL": (*GRPO_, "--num_iterations", 2, "--beta", 0.05),
@@ -113,7 +113,8 @@ CASES = {"pretrain": ("--algo", "pretrain", "--batch_size", 4, *SHAPE),
          # What is random in rewards belongs to the step as well.
          "grpo, random": (*GRPO_, "--reward", "random,brevity"),
          "dpo, flipped": ("--algo", "dpo", *OWN, "--reward", "flipped,random"),
-         "hybrid, a buffer": (*HYBRID_, "--gate", "buffer", "--buffer_size", 5),
+         "hybrid, a buffer": (*HYBRID_, "--reward", "verifier", "--gate", "buffer",
+                              "--buffer_size", 5),
          "hybrid, hints": (*HYBRID_, "--hint", "one", "--imitation", "prefix",
                            "--num_iterations", 2)}
 # Updates per step, where it is not 1; steps 3 and 6 of the hybrid with a buffer make one more.

@@ -128,6 +128,14 @@ def test_a_column_may_have_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("task, names", [
+    (Chain(), "verifier,verifier"), (Countdown(), "brevity,verifier,brevity")])
+def test_a_reward_is_named_once(task, names):
+    """Twice the same name would count once, and its weights would be one too many."""
+    with pytest.raises(InputError, match=f"--reward {names} names a reward twice"):
+        Rewards(task, names)
+
+
+@pytest.mark.parametrize("task, names", [
     (Chain(), "verifier,nonsense"), (Chain(), ""), (Countdown(), "format")])
 def test_unknown_reward(task, names):
     """A reward that the task does not have is an InputError that lists those it has."""

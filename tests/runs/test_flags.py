@@ -78,8 +78,7 @@ def observe(tmp_path_factory):
             seen[algo, words] = now = Seen()
             spied.update(saves=0, compiled=0)
             sampling = issubclass(train.ALGORITHMS[algo].Config, flags.Sampling)
-            samples = SAMPLES * sampling + " --demonstrated=2" * (algo == "hybrid")
-            samples += " --teacher=teacher" * (algo == "distill")
+            samples = SAMPLES * sampling + " --teacher=teacher" * (algo == "distill")
             out = f"run-{len(seen)}"
             command = f"--algo={algo} {RUN}{samples} --out_dir={out} {words}".split()
             try:

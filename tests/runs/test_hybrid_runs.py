@@ -9,6 +9,7 @@ import pytest
 import train
 from conftest import TASK, run
 from harness import report
+from hybrid import HybridConfig
 from runs_helpers import HYBRID_, checkpoint, complaint, metrics, same, weights, write_jsonl
 
 SHORT = ("--max_steps", 3, "--logging_steps", 1, "--eval_steps", 3, "--warmup_steps", 0)
@@ -97,22 +98,32 @@ def test_demonstrations_and_what_follows_hints_must_fit(refused, monkeypatch, fl
 # -- flags ----------------------------------------------------------------------------------------
 
 
+def test_half_of_a_batch_is_demonstrated():
+    """Unless it is said how many are; one at least."""
+    assert [HybridConfig(batch_size=n).demonstrated for n in (32, 5, 1)] == [16, 2, 1]
+    assert HybridConfig(batch_size=32, demonstrated=3).demonstrated == 3
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("--num_generations 1", "--num_generations 1 leaves a group nothing to compare with"),
     ("--num_demonstrations 0", "--num_demonstrations 0: a number of at least 1"),
-    ("--demonstrated 0", "--demonstrated 0: a number of at least 1"),
+    ("--demonstrated -1", "--demonstrated -1: a number of at least 0"),
     ("--demonstrated 33", "--demonstrated 33: a batch has --batch_size 32 prompts"),
-    ("--batch_size 8", "--demonstrated 16: a batch has --batch_size 8 prompts"),
+    ("--batch_size 8 --demonstrated 9", "--demonstrated 9: a batch has --batch_size 8 prompts"),
     ("--gate failed --hint all", "--gate failed decides about whole demonstrations: use it with "
                                  "--hint none and --imitation sft or chord"),
     ("--gate failed --imitation luffy", "--gate failed decides about whole demonstrations"),
     ("--gate buffer --imitation none", "--gate buffer decides about whole demonstrations"),
+    ("--gate failed --reward verifier,brevity", "--gate failed compares mean rewards of 0 to 1"),
+    ("--gate buffer --reward model", "--gate buffer compares mean rewards of 0 to 1"),
+    ("--gate failed --reward_weights -1", "--gate failed compares mean rewards of 0 to 1"),
     ("--gate buffer --buffer_size 401", "--buffer_size 401: there are only 400 demonstrations"),
     ("--gate_threshold 1", "--gate_threshold 1.0: a number below 1"),
     ("--own_loss nft --reward verifier,brevity", "--own_loss nft with --hint none needs rewards of "
                                                  "0 and 1"),
     ("--own_loss srft --reward model", "--own_loss srft with --hint none needs rewards of 0 and 1"),
     ("--own_loss nft --reward_weights 2", "--own_loss nft with --hint none needs rewards of 0"),
+    ("--own_loss nft --imitation luffy", "--own_loss nft learns from the group's own answers"),
     ("--hint rescue --reward brevity", "--own_loss grpo with --hint rescue needs rewards of 0"),
     ("--imitation prefix", "--imitation prefix is for hints: use it with --hint one or all"),
     ("--imitation luffy --reward majority", "--imitation luffy rewards one demonstration by "

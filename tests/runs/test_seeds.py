@@ -77,7 +77,6 @@ def test_the_seed_decides_which_examples_a_step_sees(tiny_base, tiny_teacher, mo
         "--init_from", tiny_base)
     start += ("--teacher", tiny_teacher) if algo == "distill" else ()
     flag = "--base_seed" if algo in ("pretrain", "rm") else "--seed"
-    start += ("--demonstrated", 2) if algo == "hybrid" else ()
     for key, seed in (("first", 0), ("again", 0), ("other", 1)):
         run("--algo", algo, *start, *TASK, "--batch_size", 4, "--max_steps", 6, flag, seed,
             "--save_steps", 100, "--out_dir", key)
