@@ -424,9 +424,11 @@ def plot_comparison(folder, results):
         axis.set_xlabel(name.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(title)
-    axes[0].legend(fontsize=8, frameon=False)
     axes[1].set_title("dotted: samples nothing", fontsize=8)
     figure.tight_layout()
-    figure.savefig(os.path.join(folder, "compare.png"), dpi=120)
+    # The names of arms are long: they stand below the curves, and the picture grows with them.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", fontsize=8, ncol=2,
+                  bbox_to_anchor=(0.5, 0), frameon=False)
+    figure.savefig(os.path.join(folder, "compare.png"), dpi=120, bbox_inches="tight")
     plt.close(figure)
     return "compare.png"

@@ -28,6 +28,10 @@ class Recorder:
     def __getattr__(self, name):
         return lambda *args, **options: self.calls.append((name, args, options))
 
+    def get_legend_handles_labels(self):
+        labels = [options["label"] for *_, options in self.told("plot")]
+        return labels, labels
+
     def told(self, name):
         return [(*args, options) for called, args, options in self.calls if called == name]
 
@@ -157,13 +161,16 @@ def test_a_comparison_shows_mean_and_range(tmp_path, pyplot):
     assert drawn(by_tokens) == ([(x[1], *grpo[0])], [(x[1], *grpo[1])])
     [(level, options)] = by_tokens.told("axhline")
     assert level == near(0.85) and (options["color"], options["linestyle"]) == ("C0", ":")
-    assert not by_updates.told("axhline") and len(by_updates.told("legend")) == 1
+    assert not by_updates.told("axhline")
+    [(_, labels, options)] = pyplot.figure.told("legend")          # below the curves
+    assert labels == ["sft", "grpo"] and options["bbox_to_anchor"] == (0.5, 0)
     assert [axis.told("set_xlabel")[0][0] for axis in pyplot.axes] == ["updates", "sampled tokens"]
     assert by_updates.told("set_ylabel") == [("held-out accuracy", {})]
     assert by_tokens.told("set_title")[0][0] == "dotted: samples nothing"
     assert pyplot.options["sharey"] is True and all(axis.told("grid") for axis in pyplot.axes)
     assert pyplot.figure.told("tight_layout") and pyplot.told("close") == [(pyplot.figure, {})]
-    assert pyplot.figure.told("savefig") == [(os.path.join(tmp_path, "compare.png"), {"dpi": 120})]
+    assert pyplot.figure.told("savefig") == [(os.path.join(tmp_path, "compare.png"),
+                                              {"dpi": 120, "bbox_inches": "tight"})]
 
 
 def test_a_comparison_by_another_measure(tmp_path, pyplot):
