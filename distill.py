@@ -23,11 +23,11 @@ What the gradient leaves out: the prefixes are held fixed, as in GKD. Summed ove
 reverse KLs are on average KL(pi || q) of whole answers, but the full gradient has a second term: a
 token also decides which prefixes follow, and what they will cost. MiniLLM keeps that term.
 
-What it cannot do: a student is corrected where it goes and nowhere else. One that never writes
-worked steps is never corrected in them. reverse does not lead it there either: it weighs a token
-by the student's own probability, so the first token of a step has hardly a gradient, however much
-the teacher wants it. forward pulls it up at once. --prefixes teacher shows what follows, but not
-what to do after the student's own mistakes.
+What it cannot do: a student is corrected where it goes and nowhere else. What it writes in one
+answer of a hundred is corrected as seldom. So a student who hardly ever writes worked steps learns
+to begin them before it learns to finish them, and is worse in between (RESULTS.md). reverse weighs
+a token by the student's own probability and begins slowly; forward pulls an unlikely token up at
+once. --prefixes teacher shows what follows, but not what to do after the student's own mistakes.
 """
 
 import copy
