@@ -13,6 +13,7 @@ import pytest
 
 import compare
 import sample
+import tasks
 import train
 from conftest import ROOT
 from harness import flags, report
@@ -28,6 +29,7 @@ COMMANDS = [(name, line.split("   ")[0].replace("pip install -r requirements.txt
             if re.match(r"(pip install -r requirements.txt && )?python (train|compare|sample)\.py",
                         line)]
 BASES = "assets/results/base_seeds.json"
+WORLDS = ["clean", "wrong", "letters", "swapped", "rare", "facts"]   # in the README's order
 TABLES = re.findall(r"<!-- (assets/\S+\.json) -->\n```\n(.*?)\n```", DOCUMENTS["RESULTS.md"], re.S)
 
 
@@ -133,7 +135,53 @@ def test_the_table_of_base_models_is_what_its_results_say():
 def test_every_results_file_has_its_table():
     """And no table is without its file."""
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("assets/results/*.json")}
-    assert files == {path for path, _ in TABLES} | {BASES} and len(TABLES) == 4
+    assert files == {path for path, _ in TABLES} | {BASES} and len(TABLES) == len(files) - 1
+
+
+# What RESULTS.md says besides the tables: chance at 16 tries, and the range of five base models.
+def other_figures():
+    ood = [run["after"]["eval/ood_accuracy"] for run in json.loads((ROOT / BASES).read_text())]
+    return {f"{tasks.Chain().chance(16):.3f}", f"{tasks.Countdown().chance(16):.3f}",
+            f"{max(ood) - min(ood):.3f}"}
+
+
+def test_figures_in_sentences_are_those_of_the_tables():
+    """A figure like .986 that a sentence of RESULTS.md names stands in a table of its section, or
+    of the first one, with which others are compared."""
+    first, *sections = [part for part in re.split(r"^## ", DOCUMENTS["RESULTS.md"], flags=re.M)
+                        if "```\n " in part or "| base seed |" in part]
+    seen = 0
+    for section in (first, *sections):
+        shown = re.findall(r"^```\n.*?^```|^\|.*?$", first + section, re.M | re.S)
+        known = set(re.findall(r"\d\.\d{3}\b", "\n".join(shown))) | other_figures()
+        prose = re.sub(r"^```\n.*?^```|^\|.*?$", "", section, flags=re.M | re.S)
+        figures = re.findall(r"(?<![\w.])\.\d{3}\b", prose)
+        assert [f for f in figures if f"0{f}" not in known] == [], section.splitlines()[0]
+        seen += len(figures)
+    assert seen > 40
+
+
+def mean(runs, name):
+    """`.718`, or "" where the runs have no such figure."""
+    values = [run["after"].get(name) for run in runs]
+    return "" if None in values else f"{sum(values) / len(values):.3f}".lstrip("0")
+
+
+def test_the_worlds_of_the_readme_are_those_of_the_results():
+    """Each row of its table: held-out accuracy and, where there is one, that out of distribution,
+    of the first four arms of the world's results file."""
+    table = DOCUMENTS["README.md"].split("| world | flags |")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == len(WORLDS)
+    for name, row in zip(WORLDS, rows):
+        arms = {}
+        for run in json.loads((ROOT / f"assets/results/{name}.json").read_text()):
+            arms.setdefault(run["variant"], []).append(run)
+        four = list(arms.values())[:4]
+        assert [runs[0]["algo"] for runs in four] == ["sft", "dft", "grpo", "sft>grpo"]
+        cells = [" / ".join(filter(None, (mean(runs, "eval/accuracy"),
+                                          mean(runs, "eval/ood_accuracy")))) for runs in four]
+        assert [cell.strip() for cell in row.strip("| ").split("|")[2:]] == cells
 
 
 def test_sizes():
