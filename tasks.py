@@ -84,7 +84,7 @@ class Chain(Task):
     post-training none. They show whether the new habit carries over to them, or whether training
     overwrites what was known of them.
 
-    Six settings make other worlds of it, in which the methods differ:
+    Six settings, flags of these names, make other worlds of it, in which the methods differ:
 
     worked_share        of the everyday text; at .005 the habit is there and hardly ever sampled
     other_skills        one document in ten reverses digits, `r4827=7284`, one in twelve tells a

@@ -181,6 +181,8 @@ def finish(algo, summary):
 def next_commands(config):
     flags = f" --data {config.data}" if config.data else ""
     flags += f" --task {config.task}" if config.task != "chain" and not config.data else ""
+    flags += f" --worked_share {config.worked_share}" if config.worked_share != 0.3 else ""
+    flags += " --other_skills" if config.other_skills else ""
     if config.algo == "pretrain":
         return f"next:  python train.py --algo grpo --init_from {config.out_dir}{flags}"
     if config.algo == "rm":

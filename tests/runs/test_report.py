@@ -228,7 +228,8 @@ def finish(monkeypatch, summary=SUMMARY, own_task=None, **settings):
     start model the other way round."""
     monkeypatch.setattr(report, "plot", lambda out_dir: f"picture of {out_dir}")
     after = Policy("pi", {**DRAWS, "p": ["000"], "qq": ["10"], "rrr": ["0"]})
-    settings = {"algo": "grpo", "task": "chain", "data": None, "out_dir": "out/x", **settings}
+    settings = {"algo": "grpo", "task": "chain", "data": None, "out_dir": "out/x",
+                "worked_share": 0.3, "other_skills": False, **settings}
     algo = SimpleNamespace(task=own_task or Task(), model=after, ref_model=Policy("ref"),
                            tokenizer=Tokens(), config=config_of(**settings))
     return report.finish(algo, summary).splitlines()
@@ -265,12 +266,14 @@ def test_finish(monkeypatch):
     (dict(task="countdown"),
      ["next:  python sample.py out/x", "       python train.py --algo sft --task countdown",
       COMPARE + " --task countdown"]),
+    (dict(algo="pretrain", worked_share=0.005, other_skills=True),
+     ["next:  python train.py --algo grpo --init_from out/x --worked_share 0.005 --other_skills"]),
     (dict(data="my.jsonl", task="countdown"),
      ["next:  python sample.py out/x", "       python train.py --algo sft --data my.jsonl",
       COMPARE + " --data my.jsonl"]),
 ])
 def test_what_to_try_next(monkeypatch, settings, lines):
-    """Commands that fit what was run: its algorithm, task and data."""
+    """Commands that fit what was run: its algorithm, task, world and data."""
     assert finish(monkeypatch, **settings)[-len(lines):] == lines
 
 
