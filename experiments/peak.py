@@ -169,11 +169,12 @@ def arm_loss(loss, logprobs, ref_logprobs, rewards, uniforms, num_generations, b
     """
     N, B, T = logprobs.shape
     grouped = rewards.view(-1, num_generations)                                 # (N P, G)
-    logprobs, mask = logprobs.reshape(N * B, T), torch.ones(N * B, T, dtype=torch.bool)
+    logprobs, mask = logprobs.reshape(N * B, T), torch.ones(N * B, T, dtype=logprobs.dtype)
+    tables = mask.view(N, B, T)   # weights are a table's own: vmap hands over one after the other
     if loss == "rft":
-        row_weights = rft.kept(grouped, "best").flatten()                       # (N B,)
-        weights = N * rft.token_weights(mask, row_weights)   # one of each group: all keep as many
-        return (rft.token_losses(logprobs) * weights).sum()
+        row_weights = rft.kept(grouped, "best").view(N, B)
+        weights = torch.vmap(rft.token_weights)(tables, row_weights)            # (N, B, T)
+        return (rft.token_losses(logprobs) * weights.flatten(0, 1)).sum()
     if loss in ("dpo", "ipo"):
         rows = data.choose_pairs(grouped, uniforms.view_as(grouped))            # (2 pairs,)
         logps, ref_logps = logprobs.sum(-1)[rows], ref_logprobs.reshape(N * B, T).sum(-1)[rows]
@@ -189,7 +190,8 @@ def arm_loss(loss, logprobs, ref_logprobs, rewards, uniforms, num_generations, b
         advantages = grpo.batch_advantages({"rewards": rewards.flatten()}, config, ["verifier"],
                                            [1.0], logprobs.dtype)               # (N B,)
         losses, _, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, mask)
-        return N * (losses * grpo.token_weights(mask, "grpo")).sum()
+        weights = torch.vmap(grpo.token_weights)(tables)                        # (N, B, T)
+        return (losses * weights.flatten(0, 1)).sum()
     raise ValueError(f"loss {loss!r}: choose from rft, dpo, ipo, pg, pg positive")
 
 
@@ -435,7 +437,7 @@ def experiment(worlds, seeds, sweep_seeds, quick=False):
     """All of it: worlds {name: World}. -> the results, with the verdict of the first world."""
     began, results = time.monotonic(), {}
     total = len(worlds) * sum(len(settings_of(arm, quick)) for arm in ARMS)
-    with tqdm(total=total, desc="sweep and runs", unit="run", disable=None) as bar:
+    with tqdm(total=total, desc="settings", unit="setting") as bar:
         for name, world in worlds.items():
             arms = play(world, seeds, sweep_seeds, bar, quick)
             ref_logits = reference(world).expand(1, world.tokens, -1)
