@@ -262,20 +262,21 @@ def play(world, seeds, sweep_seeds, bar, quick=False):
             run = train(arm, *setting, world._replace(peaks=peaks), seeds)
             runs.update({(setting, peak): Run(run.updates, run.rewards[i]) for i, peak
                          in enumerate(peaks)})
-        found[arm.name] = {
-            f"peak {peak}, {measure}": figures(runs[setting, peak], measure, peak, {
+        found[arm.name] = {}
+        for (peak, measure), setting in best.items():
+            means = {f"{lr:g} {beta:g}": getattr(r, measure)[world.peaks.index(peak)].mean().item()
+                     for (lr, beta), r in sweep.items()}
+            found[arm.name][f"peak {peak}, {measure}"] = {
                 "learning_rate": setting[0], "beta": setting[1],
-                "sweep": {f"{lr:g} {beta:g}": round(getattr(r, measure)[m].mean().item(), 4)
-                          for (lr, beta), r in sweep.items()}})
-            for (peak, measure), setting in best.items()
-            for m in [world.peaks.index(peak)]}
+                "sweep": {name: round(mean, 4) for name, mean in means.items()},
+                **figures(runs[setting, peak], measure, peak)}
     return found
 
 
-def figures(run, measure, peak, chosen):
-    """What the results keep of an arm at a peak: the choice, the figure of each seed, and for the
-    picture the quartiles over seeds of the reward at each measurement."""
-    kept = {**chosen, "per_seed": [round(x, 6) for x in getattr(run, measure).tolist()]}
+def figures(run, measure, peak):
+    """What the results keep of an arm at a peak: the figure of each seed, and for the picture the
+    quartiles over seeds of the reward at each measurement."""
+    kept = {"per_seed": [round(x, 6) for x in getattr(run, measure).tolist()]}
     if measure == "final" and peak in (ALIGNED, FAR):
         quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         kept["updates"] = run.updates
