@@ -1,0 +1,276 @@
+"""
+What the experiments share: flags, runs, learning rates, statistics, results.
+
+An experiment is a script of its own, run by `python experiments/NAME.py [--seeds N] [--quick]
+[--jobs N]`. It holds its claim (the docstring), and
+
+    ARMS, FLAGS               {name: arm, as compare.py writes it}; the flags of all arms
+    QUICK_ARMS, QUICK_FLAGS   the arms of --quick, and the flags that it adds
+    SWEEP_SEEDS               how many seeds choose among an arm's values
+    verdict, draw             the rule, and the picture
+
+There are two parts:
+
+    1. The sweep: every arm whose word has several values (`sft:learning_rate=1e-3|3e-3`) is run
+       with each of them, on seeds of their own (from 100). The best mean stands for the arm.
+    2. The figures: every arm with the chosen values on seeds 0, 1, 2, ...
+
+So the choice does not flatter the figures. (Both parts are judged by the same held-out problems.)
+All runs are those of compare.py: in out/, reused if they are finished, resumed if they are not.
+
+The rule is a function of the figures, written before the run:
+
+    verdict({arm: {"accuracy": [one per seed], ...}}) -> (one of the four verdicts, {name: effect})
+
+An effect is a mean over seeds with its 95 % interval. `compared` says on which side of a margin the
+interval lies, and a rule decides by that alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import torch  # noqa: E402
+
+import compare  # noqa: E402
+import train  # noqa: E402
+from harness import arms as compared_arms  # noqa: E402
+from harness import checkpoint, flags, prepare, report  # noqa: E402
+from harness.errors import InputError, one_line  # noqa: E402
+
+HOLDS, FAILS = "holds here", "does not hold here"
+UNCLEAR = "cannot be told at this scale"
+CONDITION = "holds with a condition: "
+RATES = ":learning_rate=3e-4|1e-3|3e-3"
+SWEEP_SEED = 100   # the first seed of the sweep; the figures' own seeds are below
+
+# Student's t, 97.5 %, for 1, 2, ... 30 degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+     2.052, 2.048, 2.045, 2.042)
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def interval(values):
+    """The mean of n numbers with its 95 % t interval: mean +- t(n-1) s / sqrt(n).
+
+    -> {"mean", "low", "high", "n"}; of one number low and high are None. Above 31 numbers t is that
+    of 31, a little too wide. Raises ValueError for no numbers.
+
+    Worked example: of 1, 2, 3 the mean is 2 and s is 1: 2 +- 4.303 / sqrt(3) = 2 +- 2.484.
+    """
+    n = len(values)
+    if not n:
+        raise ValueError("an interval needs at least one number")
+    mean = sum(values) / n
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    half = T[min(n - 1, len(T)) - 1] * math.sqrt(variance / n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def difference(a, b):
+    """The interval of a - b, seed by seed: both arms have the same seeds, hence the same
+    demonstrations or prompts. Raises ValueError for lists of different lengths.
+
+    Worked example: [.9, .8] - [.5, .6] are .4 and .2: .3 +- 12.706 x .1 = .3 +- 1.271.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} figures cannot be paired")
+    return interval([x - y for x, y in zip(a, b)])
+
+
+def compared(effect, margin):
+    """Where an effect lies: "above" the margin or "below" it with its whole interval, else
+    "unclear"; so is every effect of one seed.
+
+    Worked example, margin .05: .06 to .10 is above, -.20 to .04 is below, .01 to .09 is unclear.
+    """
+    if effect["low"] is None or effect["low"] <= margin <= effect["high"]:
+        return "unclear"
+    return "above" if effect["low"] > margin else "below"
+
+
+# -- flags ----------------------------------------------------------------------------------------
+
+
+def parse(name, doc, argv):
+    """The flags that all experiments have. Raises InputError."""
+    parser = flags.Parser(prog=f"{name}.py", description=doc, allow_abbrev=False,
+                          usage=f"python experiments/{name}.py [--seeds N] [--quick] [--jobs N]",
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, help="how many seeds [5; with --quick 1]")
+    parser.add_argument("--quick", action="store_true",
+                        help="one seed, few steps, no sweep: does it run? It gives no verdict")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time [1]")
+    asked = parser.parse_args(flags.underscores(argv))
+    if asked.seeds is None:
+        asked.seeds = 1 if asked.quick else 5
+    if not 1 <= asked.seeds <= SWEEP_SEED:
+        raise InputError(f"--seeds {asked.seeds}: 1 to {SWEEP_SEED} are possible")
+    if asked.jobs < 1:
+        raise InputError(f"--jobs {asked.jobs}: at least 1 is needed")
+    asked.again = shlex.join(["python", f"experiments/{name}.py", *argv])
+    return asked
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def middle(word):
+    """The variant of a word that stands for it where nothing is swept."""
+    variants = compared_arms.values(word)
+    return variants[len(variants) // 2]
+
+
+def rows(planned, jobs):
+    """Run what compare.plan planned -> the rows of compare.json, None after Ctrl-C."""
+    made = compare.run_all(planned, jobs)
+    return None if made is None else [compare.result(arm, made) for arm in planned]
+
+
+def figures_of(runs):
+    """{measure: [one figure per run]} for what report.MEASURES names and the runs have; a measure
+    that one of them lacks is left out."""
+    found = {}
+    for title, keys, _ in [*report.MEASURES, ("seconds", ("seconds",), "")]:
+        values = []
+        for run in runs:
+            value = run
+            for key in keys:
+                value = value.get(key) if value is not None else None
+            values.append(value)
+        if None not in values:
+            found[title] = values
+    return found
+
+
+def run_arms(words, common, asked, sweep_seeds):
+    """words: {arm: word}. -> {arm: its figures, variant and sweep}, None after Ctrl-C.
+
+    Everything is checked, and base models are made, before the first run.
+    """
+    swept = {} if asked.quick else {arm: word for arm, word in words.items() if "|" in word}
+    checked = compare.plan(words.values(), common, 0, 1)
+    for config in compared_arms.check(checked, train.ALGORITHMS):
+        if not prepare.is_finished(config) and train.run(config, asked.again, asked.again) == 130:
+            return None
+    chosen, tried = {arm: middle(word) for arm, word in words.items()}, {}
+    if swept:
+        planned = compare.plan(swept.values(), common, SWEEP_SEED, sweep_seeds)
+        print(f"part 1 of 2, the sweep: {len(planned)} runs; part 2 has "
+              f"{len(words) * asked.seeds}", flush=True)
+        results = rows(planned, asked.jobs)
+        if results is None:
+            return None
+        by_word = report.by_arm(results)
+        for arm, word in swept.items():
+            chosen[arm] = report.chosen(by_word[word])
+            tried[arm] = {variant: figures_of(runs)["accuracy"]
+                          for variant, runs in by_word[word].items()}
+    planned = compare.plan(chosen.values(), common, 0, asked.seeds)
+    print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)
+    results = rows(planned, asked.jobs)
+    if results is None:
+        return None
+    by_word = report.by_arm(results)
+    return {arm: {"variant": variant, "sweep": tried.get(arm, {}),
+                  "seeds": [run["seed"] for run in by_word[variant][variant]],
+                  "before": by_word[variant][variant][0]["before"],
+                  "figures": figures_of(by_word[variant][variant])}
+            for arm, variant in chosen.items()}
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def shown(effect):
+    """`+0.300 (-0.971 to +1.571)`"""
+    if effect["low"] is None:
+        return f"{effect['mean']:+.3f} (one seed: no interval)"
+    return f"{effect['mean']:+.3f} ({effect['low']:+.3f} to {effect['high']:+.3f})"
+
+
+def table(made):
+    """A row an arm: the chosen variant, then means over seeds with half the range."""
+    names = [n for n in ("accuracy", "ood", "reversing", "facts", "chain", "KL", "updates",
+                         "sampled", "trained", "seconds")
+             if any(n in arm["figures"] for arm in made.values())]
+    lines = [["", *names]]
+    for name, arm in made.items():
+        cells = [name]
+        for measure in names:
+            v, small = arm["figures"].get(measure), measure not in ("updates", "sampled", "trained")
+            text = "-" if v is None else f"{sum(v) / len(v):,.{3 if small else 0}f}"
+            spread = v is not None and small and len(v) > 1 and measure != "seconds"
+            cells.append(text + (f" +-{(max(v) - min(v)) / 2:.3f}" if spread else ""))
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+                               for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def draw_means(axis, x, values, label, color):
+    """A line through the means over seeds, a band from the lowest to the highest seed. x: numbers,
+    values: for each of them the figures of all seeds."""
+    axis.plot(x, [sum(v) / len(v) for v in values], "o-", color=color, label=label, markersize=4)
+    axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color,
+                      alpha=0.2, linewidth=0)
+
+
+def picture(path, draw, figures):
+    """draw(pyplot, figures) -> a matplotlib figure, saved. Returns what to tell the reader."""
+    plt = report.pyplot()
+    if plt is None:
+        return report.NO_PICTURE
+    figure = draw(plt, figures)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def main(experiment, argv):
+    """Run an experiment, the module of a script -> exit code. Results go to experiments/results/,
+    those of --quick to out/quick/."""
+    name = os.path.basename(experiment.__file__).removesuffix(".py")
+    asked = parse(name, experiment.__doc__, argv)
+    words, common, folder = experiment.ARMS, experiment.FLAGS, "experiments/results"
+    if asked.quick:
+        words, common = experiment.QUICK_ARMS, [*common, *experiment.QUICK_FLAGS]
+        folder = "out/quick"
+    prepare.check_folder(folder)
+    if asked.jobs > 1:   # the runs share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.jobs)))
+    made = run_arms(words, common, asked, experiment.SWEEP_SEEDS)
+    if made is None:
+        print(f"\nstopped; go on with: {asked.again}")
+        return 130
+    figures = {arm: found["figures"] for arm, found in made.items()}
+    verdict, effects = experiment.verdict(figures)
+    if asked.quick:   # too few steps to conclude anything
+        verdict = UNCLEAR
+    path = os.path.join(folder, f"{name}.json")
+    checkpoint.write_text(path, json.dumps({
+        "experiment": name, "verdict": verdict, "effects": effects,
+        "settings": {"command": asked.again, "flags": common, "arms": words, "seeds": asked.seeds,
+                     "sweep_seeds": 0 if asked.quick else experiment.SWEEP_SEEDS},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "arms": made}, indent=1) + "\n")
+    drawn = picture(os.path.join(folder, f"{name}.png"), experiment.draw, figures)
+    print(f"\n{table(made)}\n")
+    for what, effect in effects.items():
+        print(f"{what}: {shown(effect)}")
+    print(f"verdict: {verdict}\nfiles: {path}, {drawn}")
+    return 0
+
+
+def start(experiment):
+    sys.exit(one_line(lambda: main(experiment, sys.argv[1:])))

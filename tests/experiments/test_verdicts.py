@@ -1,0 +1,135 @@
+"""
+The rules of the experiments, on figures made up for each outcome; the pictures; and that the arms
+are such as compare.py takes.
+"""
+
+import common
+import compare
+import facts
+import noise
+import pytest
+import train
+from harness import arms as compared_arms
+from harness import report
+
+EXPERIMENTS = [facts, noise]
+
+
+def around(*means):
+    """Five seeds about each mean, +-.01."""
+    return [[mean + shift for shift in (-0.01, -0.005, 0, 0.005, 0.01)] for mean in means]
+
+
+def scattered(mean):
+    """Five seeds that do not agree, and not in the order of `around`."""
+    return [mean + shift for shift in (0.3, -0.3, 0.1, -0.2, 0.1)]
+
+
+def of_facts(**accuracy):
+    values = {"SFT": 0.98, "DFT": 0.6, "GRPO": 0.2, **accuracy}
+    found = {arm: value if isinstance(value, list) else around(value)[0]
+             for arm, value in values.items()}
+    return {arm: {"accuracy": values} for arm, values in found.items()}
+
+
+@pytest.mark.parametrize("accuracy, expected", [
+    ({}, common.HOLDS),
+    ({"DFT": 0.97}, "holds with a condition: for GRPO alone"),
+    ({"GRPO": 0.99}, "holds with a condition: for DFT alone"),
+    ({"DFT": 0.97, "GRPO": 0.98}, common.FAILS),
+    ({"DFT": 0.94, "GRPO": 0.94}, common.FAILS),        # behind, but by less than the margin
+    ({"DFT": scattered(0.8)}, common.UNCLEAR),
+    ({"DFT": 0.97, "GRPO": scattered(0.8)}, common.UNCLEAR),
+    ({"SFT": 0.45, "DFT": 0.1}, common.UNCLEAR),        # nobody learned it
+    ({"SFT": [0.98], "DFT": [0.5], "GRPO": [0.2]}, common.UNCLEAR)])   # one seed
+def test_the_rule_of_facts(accuracy, expected):
+    found, effects = facts.verdict(of_facts(**accuracy))
+    assert found == expected and set(effects) == {"SFT - DFT", "SFT - GRPO"}
+
+
+def test_the_effects_of_facts_have_their_sign():
+    """SFT - DFT is .38 where SFT has .98 and DFT .6."""
+    _, effects = facts.verdict(of_facts())
+    assert effects["SFT - DFT"]["mean"] == pytest.approx(0.38)
+    assert effects["SFT - GRPO"]["mean"] == pytest.approx(0.78)
+
+
+def of_noise(sft, dft):
+    """Figures of every arm: those of SFT and DFT as given, one value a share; others .9."""
+    found = {arm: {"accuracy": around(0.9)[0]} for arm in noise.ARMS}
+    for arm, values in (("SFT", sft), ("DFT", dft)):
+        for share, value in zip(noise.SHARES, values):
+            value = value if isinstance(value, list) else around(value)[0]
+            found[f"{arm}, {share}"] = {"accuracy": value}
+    return found
+
+
+@pytest.mark.parametrize("sft, dft, expected", [
+    ((0.99, 0.88, 0.7, 0.5), (0.99, 0.99, 0.99, 0.98), common.HOLDS),
+    # SFT hardly suffers from few mistakes; DFT gives way to many.
+    ((0.99, 0.97, 0.7, 0.5), (0.99, 0.99, 0.99, 0.98),
+     "holds with a condition: at a share of 0.3 and 0.6"),
+    ((0.99, 0.88, 0.7, 0.3), (0.99, 0.99, 0.99, 0.6),
+     "holds with a condition: at a share of 0.1 and 0.3"),
+    ((0.99, 0.88, 0.7, scattered(0.7)), (0.99, 0.99, 0.99, 0.98),
+     "holds with a condition: at a share of 0.1 and 0.3"),
+    ((0.99, 0.98, 0.98, 0.97), (0.99, 0.99, 0.99, 0.98), common.FAILS),   # SFT is as robust
+    ((0.99, 0.8, 0.6, 0.4), (0.99, 0.88, 0.7, 0.5), common.FAILS),        # DFT falls as well
+    ((0.99, 0.98, 0.98, scattered(0.8)), (0.99, 0.99, 0.99, 0.98), common.UNCLEAR),
+    (([0.99], [0.8], [0.7], [0.5]), ([0.99], [0.99], [0.99], [0.99]), common.UNCLEAR)])
+def test_the_rule_of_noise(sft, dft, expected):
+    figures = of_noise(sft, dft)
+    if isinstance(sft[0], list):   # one seed
+        figures = {arm: {"accuracy": found["accuracy"][:1]} for arm, found in figures.items()}
+    assert noise.verdict(figures)[0] == expected
+
+
+def test_the_effects_of_noise_have_their_sign():
+    """At .3 DFT is .29 above SFT; SFT has fallen by .29, DFT by .0."""
+    _, effects = noise.verdict(of_noise((0.99, 0.88, 0.7, 0.5), (0.99, 0.99, 0.99, 0.98)))
+    assert effects["DFT - SFT at 0.3"]["mean"] == pytest.approx(0.29)
+    assert effects["fall of DFT at 0.3"]["mean"] == pytest.approx(0)
+    assert effects["fall of SFT at 0.3"]["mean"] == pytest.approx(0.29)
+    assert effects["fall of DFT at 0.6"]["mean"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
+def test_the_arms_are_planned(experiment, tmp_path, monkeypatch):
+    """Every arm in full and with --quick, with every value; the flags of what is quick win."""
+    monkeypatch.chdir(tmp_path)
+    for words, more in ((experiment.ARMS, []), (experiment.QUICK_ARMS, experiment.QUICK_FLAGS)):
+        planned = compare.plan(words.values(), [*experiment.FLAGS, *more], 0, 1)
+        assert {arm.word for arm in planned} == set(words.values())
+        compared_arms.check(planned, train.ALGORITHMS)
+        flags = [*experiment.FLAGS, *more]
+        last = [flags[i + 1] for i, word in enumerate(flags) if word == "--max_steps"][-1]
+        assert {arm.stages[-1].config.max_steps for arm in planned
+                if ":max_steps" not in arm.word} == {int(last)}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
+def test_a_docstring_says_what_a_reader_needs(experiment):
+    """Claim, source, the smallest faithful version, what would falsify it, the rule and the time;
+    the rule names all four verdicts."""
+    for word in ("Claim", "Source", "Here", "Against", "Rule", "Time"):
+        assert f"\n{word} " in experiment.__doc__
+    for words in (common.HOLDS, "with a condition", common.FAILS, "cannot be told"):
+        assert words in experiment.__doc__
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_picture(experiment, quick):
+    """It shows the arms' means: of made-up figures, each its own."""
+    plt = report.pyplot()
+    if plt is None:
+        pytest.skip("matplotlib is not installed")
+    words = experiment.QUICK_ARMS if quick else experiment.ARMS
+    measures = ("accuracy", "ood", "facts", "reversing", "chain")
+    figures = {arm: {m: [0.01 * i, 0.01 * i + 0.1] for m in measures}
+               for i, arm in enumerate(words)}
+    figure = experiment.draw(plt, figures)
+    drawn = {round(float(y), 3) for axis in figure.axes for line in axis.lines
+             for y in line.get_ydata()}
+    plt.close(figure)
+    assert {round(0.01 * i + 0.05, 3) for i, arm in enumerate(words) if arm != "DFT, x4"} <= drawn
