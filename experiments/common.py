@@ -31,6 +31,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 
@@ -192,6 +193,16 @@ def run_arms(words, common, asked, sweep_seeds):
 # -- results --------------------------------------------------------------------------------------
 
 
+def lines_of(found):
+    """JSON with each list of numbers on a line of its own.
+
+    Worked example: {"a": [1, 2.5]} in two lines of braces and one of `"a": [1, 2.5]`.
+    """
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[\n[-+\d.eE,\s]+\]", lambda m: " ".join(m[0].split()).replace("[ ", "[")
+                  .replace(" ]", "]"), text) + "\n"
+
+
 def shown(effect):
     """`+0.300 (-0.971 to +1.571)`"""
     if effect["low"] is None:
@@ -226,6 +237,13 @@ def draw_means(axis, x, values, label, color):
                       alpha=0.2, linewidth=0)
 
 
+def draw_point(axis, x, values, color):
+    """A square at the mean over seeds, whiskers from the lowest to the highest."""
+    mean = sum(values) / len(values)
+    axis.errorbar([x], [mean], yerr=[[mean - min(values)], [max(values) - mean]], color=color,
+                  fmt="s", capsize=4, markersize=5)
+
+
 def picture(path, draw, figures):
     """draw(pyplot, figures) -> a matplotlib figure, saved. Returns what to tell the reader."""
     plt = report.pyplot()
@@ -258,12 +276,12 @@ def main(experiment, argv):
     if asked.quick:   # too few steps to conclude anything
         verdict = UNCLEAR
     path = os.path.join(folder, f"{name}.json")
-    checkpoint.write_text(path, json.dumps({
+    checkpoint.write_text(path, lines_of({
         "experiment": name, "verdict": verdict, "effects": effects,
         "settings": {"command": asked.again, "flags": common, "arms": words, "seeds": asked.seeds,
                      "sweep_seeds": 0 if asked.quick else experiment.SWEEP_SEEDS},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "arms": made}, indent=1) + "\n")
+        "arms": made}))
     drawn = picture(os.path.join(folder, f"{name}.png"), experiment.draw, figures)
     print(f"\n{table(made)}\n")
     for what, effect in effects.items():

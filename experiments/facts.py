@@ -52,26 +52,30 @@ def verdict(figures):
 
 
 def draw(plt, figures):
-    """Accuracy on the new facts and on what was known before, against alpha; GRPO beside it."""
+    """Accuracy on the new facts and on what was known before, against alpha; the others beside
+    it."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    arms, alphas = list(BELIEF), list(BELIEF.values())
-    panels = [("new facts", {"accuracy": "new facts"}),
-              ("kept of what was known", {"facts": "old facts", "reversing": "reversing",
-                                          "chain": "chain"})]
-    for axis, (title, lines) in zip(axes, panels):
-        for i, (measure, label) in enumerate(lines.items()):
-            values = [figures[arm][measure] for arm in arms]
-            common.draw_means(axis, alphas, values, label, f"C{i}")
-            grpo = figures["GRPO"][measure]
-            axis.errorbar([1.25], [sum(grpo) / len(grpo)], color=f"C{i}", fmt="s", capsize=4,
-                          yerr=[[sum(grpo) / len(grpo) - min(grpo)],
-                                [max(grpo) - sum(grpo) / len(grpo)]])
+    alphas = list(BELIEF.values())
+    beside = [arm for arm in ("DFT, x4", "GRPO") if arm in figures]
+    places = [1.25 + 0.25 * i for i in range(len(beside))]
+    panels = [("new facts", ["accuracy"]),
+              ("kept of what was known", ["facts", "reversing", "chain"])]
+    for axis, (title, measures) in zip(axes, panels):
+        for i, measure in enumerate(measures):
+            label = {"accuracy": "new facts", "facts": "old facts"}.get(measure, measure)
+            common.draw_means(axis, alphas, [figures[arm][measure] for arm in BELIEF], label,
+                              f"C{i}")
+            for x, arm in zip(places, beside):   # a little apart, so that none hides another
+                common.draw_point(axis, x + 0.04 * (i - len(measures) // 2),
+                                  figures[arm][measure], f"C{i}")
         axis.set_title(title)
-        axis.set_xticks([*alphas, 1.25], ["0\nSFT", ".25", ".5", ".75", "1\nDFT", "GRPO"])
+        names = {"DFT, x4": "DFT\n1200 updates"}
+        axis.set_xticks([*alphas, *places], ["0\nSFT", ".25", ".5", ".75", "1\nDFT",
+                                             *(names.get(arm, arm) for arm in beside)])
         axis.set_xlabel("weight p^alpha of a token")
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="center left")
     axes[0].set_ylabel("accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure

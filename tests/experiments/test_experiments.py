@@ -153,6 +153,13 @@ def test_what_stands_in_the_results(tiny_base, made_up):
     assert found["arms"]["SFT"]["before"] == {"eval/accuracy": 0.1}
 
 
+def test_lists_of_numbers_stand_on_one_line():
+    """And everything else is read back as it was."""
+    found = {"a": [1, -2.5, 1e-7], "b": ["x", "y"], "c": {"d": None, "e": []}, "f": "[ 1, 2 ]"}
+    text = common.lines_of(found)
+    assert json.loads(text) == found and ' "a": [1, -2.5, 1e-07],\n' in text
+
+
 def test_quick_concludes_nothing(tiny_base, made_up):
     """One seed, the middle value of each sweep, its own flags; elsewhere than the real results."""
     assert common.main(experiment(tiny_base), ["--quick"]) == 0

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 
+import common
 import pytest
 
 import compare
@@ -26,8 +27,8 @@ BLOCKS = [(name, block) for name, text in DOCUMENTS.items()
           for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)]
 COMMANDS = [(name, line.split("   ")[0].replace("pip install -r requirements.txt && ", ""))
             for name, block in BLOCKS for line in block.splitlines()
-            if re.match(r"(pip install -r requirements.txt && )?python (train|compare|sample)\.py",
-                        line)]
+            if re.match(r"(pip install -r requirements.txt && )?python "
+                        r"(train|compare|sample|experiments/\w+)\.py", line)]
 BASES = "assets/results/base_seeds.json"
 WORLDS = ["clean", "wrong", "letters", "swapped", "rare", "facts"]   # in the README's order
 TABLES = re.findall(r"<!-- (assets/\S+\.json) -->\n```\n(.*?)\n```", DOCUMENTS["RESULTS.md"], re.S)
@@ -81,14 +82,17 @@ def test_every_command_is_one(name, command, monkeypatch):
         sample.parse(words)
     elif script == "train.py":
         parse(words)
+    elif script.startswith("experiments/"):
+        assert (ROOT / script).exists()
+        common.parse("name", "", words)
     else:
         first_flag = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
-        common = [w for w in words[first_flag:]]
+        shared = [w for w in words[first_flag:]]
         for own in ("--seeds", "--seed", "--jobs", "--out_dir"):
-            if own in common:
-                at = common.index(own)
-                del common[at:at + 2]
-        assert compare.plan(words[:first_flag], common, 0, 1)
+            if own in shared:
+                at = shared.index(own)
+                del shared[at:at + 2]
+        assert compare.plan(words[:first_flag], shared, 0, 1)
 
 
 def test_there_are_commands():
@@ -98,7 +102,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))
 def test_flags_exist(name):
     """Every --flag that a document mentions is one of some program."""
-    known = {"--seeds", "--jobs", "--help", "--nproc_per_node"}
+    known = {"--seeds", "--jobs", "--quick", "--help", "--nproc_per_node"}
     for algo in train.ALGORITHMS:
         parser = flags.make_parser(algo, train.ALGORITHMS, GPTConfig)
         known |= set(parser._option_string_actions)
