@@ -40,7 +40,7 @@ import torch  # noqa: E402
 
 import compare  # noqa: E402
 import train  # noqa: E402
-from harness import arms as compared_arms  # noqa: E402
+from harness import arms as harness_arms  # noqa: E402
 from harness import checkpoint, flags, prepare, report  # noqa: E402
 from harness.errors import InputError, one_line  # noqa: E402
 
@@ -128,7 +128,7 @@ def parse(name, doc, argv):
 
 def middle(word):
     """The variant of a word that stands for it where nothing is swept."""
-    variants = compared_arms.values(word)
+    variants = harness_arms.values(word)
     return variants[len(variants) // 2]
 
 
@@ -161,7 +161,7 @@ def run_arms(words, common, asked, sweep_seeds):
     """
     swept = {} if asked.quick else {arm: word for arm, word in words.items() if "|" in word}
     checked = compare.plan(words.values(), common, 0, 1)
-    for config in compared_arms.check(checked, train.ALGORITHMS):
+    for config in harness_arms.check(checked, train.ALGORITHMS):
         if not prepare.is_finished(config) and train.run(config, asked.again, asked.again) == 130:
             return None
     chosen, tried = {arm: middle(word) for arm, word in words.items()}, {}

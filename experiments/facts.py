@@ -1,24 +1,25 @@
 """
 What imitation alone can teach: facts that the model does not believe yet.
 
-Claim    DFT weighs a token by the model's own belief in it, so what the model thinks impossible is
-         learned slowly or never; RL rewards only answers that are sampled. SFT learns it.
-Source   DFT's weight and its limits: 2508.05629. p^alpha between SFT (0) and DFT (1), for models
-         that know little or much of the answer: 2510.00526.
-Here     Fifty facts that no text told (`k73=` is `87`), from a base that knows fifty others.
-         Weights p^alpha with alpha 0 (SFT), .25, .5, .75 and 1 (DFT), and GRPO on the same prompts.
-         All make 300 updates of 32 prompts, GRPO with 16 answers each; only GRPO samples. DFT a
-         second time with four times the updates: is it slow or stuck? (No part of the rule.)
-Against  DFT or GRPO reach SFT with a learning rate of their own, swept like SFT's: an interval that
-         lies below the margin of .05.
+Claim      DFT weighs a token by the model's own belief in it, so what the model thinks impossible
+           is learned slowly or never; RL rewards only answers that are sampled. SFT learns it.
+Source     DFT's weight and its limits: 2508.05629. p^alpha between SFT (0) and DFT (1), for models
+           that know little or much of the answer: 2510.00526.
+Here       Fifty facts that no text told (`k73=` is `87`), from a base that knows fifty others.
+           Weights p^alpha with alpha 0 (SFT), .25, .5, .75 and 1 (DFT), and GRPO on the same
+           prompts. All make 300 updates of 32 prompts, GRPO with 16 answers each; only GRPO
+           samples. DFT a second time with four times the updates: is it slow or stuck? (No part of
+           the rule.)
+Falsified  by DFT or GRPO that reach SFT, each with a learning rate of its own, swept like SFT's.
 
-Rule     Two gaps in accuracy on the facts, SFT - DFT and SFT - GRPO, each compared with .05.
-         holds here             both intervals lie above
-         with a condition       one lies above, the other below: named
-         does not hold here     both lie below
-         cannot be told         any other case, or SFT itself has learned less than half
+Rule       Two gaps in accuracy on the facts, SFT - DFT and SFT - GRPO, paired by seed. Each has a
+           95 % interval, which is compared with a margin of .05.
+           holds here           both intervals lie above
+           with a condition     one lies above, the other below: named
+           does not hold here   both lie below
+           cannot be told       any other case, or SFT itself has learned less than half
 
-Time     12 minutes on one core (77 runs); the base model, which others share, 4 more.
+Time       10 minutes on one core (77 runs); the base model, which others share, 4 more.
 """
 
 import sys
@@ -69,7 +70,7 @@ def draw(plt, figures):
                 common.draw_point(axis, x + 0.04 * (i - len(measures) // 2),
                                   figures[arm][measure], f"C{i}")
         axis.set_title(title)
-        names = {"DFT, x4": "DFT\n1200 updates"}
+        names = {"DFT, x4": "4 x\nDFT"}
         axis.set_xticks([*alphas, *places], ["0\nSFT", ".25", ".5", ".75", "1\nDFT",
                                              *(names.get(arm, arm) for arm in beside)])
         axis.set_xlabel("weight p^alpha of a token")

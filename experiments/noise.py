@@ -1,26 +1,27 @@
 """
 Wrong demonstrations, and as many flipped rewards.
 
-Claim    SFT imitates mistakes like anything else. DFT, which weighs a token by the model's own
-         belief, passes over what the model knows to be wrong.
-Source   2508.05629 (DFT). Its family: 2510.00526 (p^alpha), 2509.23753 (ASFT), 2508.17784 (PSFT),
-         2508.11408 (CHORD's weight, p (1 - p)).
-Here     A share of the demonstrations of chain, 0, .1, .3 or .6, has one wrong step and the wrong
-         answer that follows from it. RFT and GRPO have no demonstrations: their verifier errs as
-         often. All make 100 updates of 32; RFT and GRPO sample, and their tokens are counted. Each
-         arm has a learning rate of its own at each share.
-Against  SFT with its own learning rate loses nothing, or DFT loses as much.
+Claim      SFT imitates mistakes like anything else. DFT, which weighs a token by the model's own
+           belief, passes over what the model knows to be wrong.
+Source     2508.05629 (DFT). Its family: 2510.00526 (p^alpha), 2509.23753 (ASFT), 2508.17784
+           (PSFT), 2508.11408 (CHORD's weight, p (1 - p)).
+Here       A share of the demonstrations of chain, 0, .1, .3 or .6, has one wrong step and the wrong
+           answer that follows from it. RFT and GRPO have no demonstrations: their verifier errs as
+           often. All make 100 updates of 32; RFT and GRPO sample, and their tokens are counted.
+           Each arm has a learning rate of its own at each share.
+Falsified  by SFT that loses nothing with a learning rate of its own, or by DFT that loses as much.
 
-Rule     At each share above 0, two effects in held-out accuracy (really right, never flipped):
-         the gap, DFT - SFT at this share, and DFT's fall, its accuracy at 0 minus that at this
-         share, each compared with a margin of .05. The claim is true at a share if the gap lies
-         above and the fall below; false if the gap lies below or the fall above; else unclear.
-         holds here             true at .1, .3 and .6
-         with a condition       true at some: they are named
-         does not hold here     false at all
-         cannot be told         any other case
+Rule       At each share above 0, two effects in held-out accuracy (really right, never flipped),
+           paired by seed: the gap, DFT - SFT at this share, and DFT's fall, its accuracy at 0 minus
+           that at this share. Each has a 95 % interval, which is compared with a margin of .05.
+           The claim is true at a share if the gap lies above and the fall below; false if the gap
+           lies below or the fall above; else unclear.
+           holds here           true at .1, .3 and .6
+           with a condition     true at some: they are named
+           does not hold here   false at all
+           cannot be told       any other case
 
-Time     55 minutes on one core (256 runs); the base model, which others share, 4 more.
+Time       TIME minutes on one core (256 runs); the base model, which others share, 4 more.
 """
 
 import sys
@@ -58,7 +59,7 @@ def verdict(figures):
         fall = common.difference(accuracy("DFT", 0.0), accuracy("DFT", share))
         effects |= {f"DFT - SFT at {share}": gap, f"fall of DFT at {share}": fall}
         sides = common.compared(gap, MARGIN), common.compared(fall, MARGIN)
-        truth[share] = {("above", "below"): True}.get(sides)
+        truth[share] = True if sides == ("above", "below") else None
         if sides[0] == "below" or sides[1] == "above":
             truth[share] = False
     for arm in (*IMITATION, *REWARDED):   # no part of the rule

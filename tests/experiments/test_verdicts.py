@@ -9,7 +9,7 @@ import facts
 import noise
 import pytest
 import train
-from harness import arms as compared_arms
+from harness import arms as harness_arms
 from harness import report
 
 EXPERIMENTS = [facts, noise]
@@ -100,7 +100,7 @@ def test_the_arms_are_planned(experiment, tmp_path, monkeypatch):
     for words, more in ((experiment.ARMS, []), (experiment.QUICK_ARMS, experiment.QUICK_FLAGS)):
         planned = compare.plan(words.values(), [*experiment.FLAGS, *more], 0, 1)
         assert {arm.word for arm in planned} == set(words.values())
-        compared_arms.check(planned, train.ALGORITHMS)
+        harness_arms.check(planned, train.ALGORITHMS)
         flags = [*experiment.FLAGS, *more]
         last = [flags[i + 1] for i, word in enumerate(flags) if word == "--max_steps"][-1]
         assert {arm.stages[-1].config.max_steps for arm in planned
@@ -111,7 +111,7 @@ def test_the_arms_are_planned(experiment, tmp_path, monkeypatch):
 def test_a_docstring_says_what_a_reader_needs(experiment):
     """Claim, source, the smallest faithful version, what would falsify it, the rule and the time;
     the rule names all four verdicts."""
-    for word in ("Claim", "Source", "Here", "Against", "Rule", "Time"):
+    for word in ("Claim", "Source", "Here", "Falsified", "Rule", "Time"):
         assert f"\n{word} " in experiment.__doc__
     for words in (common.HOLDS, "with a condition", common.FAILS, "cannot be told"):
         assert words in experiment.__doc__
