@@ -9,7 +9,8 @@ Here       Fifty facts that no text told (`k73=` is `87`), from a base that know
            Weights p^alpha with alpha 0 (SFT), .25, .5, .75 and 1 (DFT), and GRPO on the same
            prompts. All make 300 updates of 32 prompts, GRPO with 16 answers each; only GRPO
            samples. DFT a second time with four times the updates: is it slow or stuck? (No part of
-           the rule.)
+           the rule.) What is kept of the old skills is shown as well, at the rates that were best
+           for the new facts alone.
 Falsified  by DFT or GRPO that reach SFT, each with a learning rate of its own, swept like SFT's.
 
 Rule       Two gaps in accuracy on the facts, SFT - DFT and SFT - GRPO, paired by seed. Each has a

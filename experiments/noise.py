@@ -21,7 +21,7 @@ Rule       At each share above 0, two effects in held-out accuracy (really right
            does not hold here   false at all
            cannot be told       any other case
 
-Time       TIME minutes on one core (256 runs); the base model, which others share, 4 more.
+Time       45 minutes on one core (256 runs); the base model, which others share, 4 more.
 """
 
 import sys
