@@ -10,7 +10,12 @@ from conftest import ROOT
 
 # Those of experiments whose arms are runs, which experiments/common.py writes.
 PATHS = [path for path in sorted((ROOT / "experiments" / "results").glob("*.json"))
-         if "sweep_seeds" in json.loads(path.read_text()).get("settings", {})]
+         if "flags" in json.loads(path.read_text()).get("settings", {})]
+
+
+def test_there_are_results():
+    """Else the tests below would test nothing."""
+    assert "facts" in [path.stem for path in PATHS]
 
 
 @pytest.fixture(params=PATHS, ids=[path.stem for path in PATHS])
