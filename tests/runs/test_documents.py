@@ -188,6 +188,17 @@ def test_the_worlds_of_the_readme_are_those_of_the_results():
         assert [cell.strip() for cell in row.strip("| ").split("|")[2:]] == cells
 
 
+def test_the_verdicts_are_those_of_the_experiments():
+    """A row for every results file of experiments/, with the verdict in it."""
+    section = DOCUMENTS["RESULTS.md"].split("## Claims and verdicts")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")]
+            for line in section.splitlines() if "`experiments/" in line and line[0] == "|"]
+    kept = {path.stem: json.loads(path.read_text())["verdict"]
+            for path in ROOT.glob("experiments/results/*.json")}
+    assert {row[-1].strip("`")[len("experiments/"):-len(".py")]: row[-2] for row in rows} == kept
+    assert len(kept) > 1
+
+
 def test_sizes():
     """The README stays short enough to be read: about 9 kB besides the output that it shows."""
     without_output = re.sub(r"^```\n.*?^```", "", DOCUMENTS["README.md"], flags=re.M | re.S)
