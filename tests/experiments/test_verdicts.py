@@ -3,6 +3,8 @@ The rules of the experiments, on figures made up for each outcome; the pictures;
 are such as compare.py takes.
 """
 
+from unittest.mock import MagicMock
+
 import common
 import compare
 import facts
@@ -10,7 +12,6 @@ import noise
 import pytest
 import train
 from harness import arms as harness_arms
-from harness import report
 
 EXPERIMENTS = [facts, noise]
 
@@ -120,16 +121,21 @@ def test_a_docstring_says_what_a_reader_needs(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_picture(experiment, quick):
-    """It shows the arms' means: of made-up figures, each its own."""
-    plt = report.pyplot()
-    if plt is None:
-        pytest.skip("matplotlib is not installed")
+    """It shows the arms' means: of made-up figures, each its own. (On a stand-in for pyplot that
+    records what it is told to draw.)"""
+    plt = MagicMock()
+
+    def subplots(rows, columns, **options):
+        axes = [[MagicMock() for _ in range(columns)] for _ in range(rows)]
+        plt.axes = sum(axes, [])
+        return MagicMock(), axes[0] if rows == 1 else axes
+    plt.subplots = subplots
     words = experiment.QUICK_ARMS if quick else experiment.ARMS
     measures = ("accuracy", "ood", "facts", "reversing", "chain")
     figures = {arm: {m: [0.01 * i, 0.01 * i + 0.1] for m in measures}
                for i, arm in enumerate(words)}
-    figure = experiment.draw(plt, figures)
-    drawn = {round(float(y), 3) for axis in figure.axes for line in axis.lines
-             for y in line.get_ydata()}
-    plt.close(figure)
+    experiment.draw(plt, figures)
+    calls = [call for axis in plt.axes for call in (*axis.plot.mock_calls,
+                                                    *axis.errorbar.mock_calls)]
+    drawn = {round(float(y), 3) for call in calls for y in call.args[1]}
     assert {round(0.01 * i + 0.05, 3) for i in range(len(words))} <= drawn
