@@ -63,6 +63,8 @@ import data  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 import rft  # noqa: E402
+from common import (CONDITION, FAILS, HOLDS, UNCLEAR, compared, difference,  # noqa: E402
+                    interval)
 from harness import report  # noqa: E402
 from harness.checkpoint import write, write_text  # noqa: E402
 from harness.errors import InputError, one_line  # noqa: E402
@@ -72,8 +74,6 @@ LARGE, FASTER = 0.1, 0.02   # gaps of the final reward, and of its mean over the
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 BETAS = (0.1, 0.01)         # of dpo and ipo
 SWEEP_SEEDS = range(1000, 1016)
-HOLDS, CONDITION = "holds here", "holds with a condition: "
-FAILS, UNCLEAR = "does not hold here", "cannot be told at this scale"
 
 
 class Arm(NamedTuple):
@@ -287,47 +287,22 @@ def figures(run, measure, peak):
 
 # -- figures and the verdict ----------------------------------------------------------------------
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; beyond the last, the last.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
-           2.13, 2.12, 2.11, 2.10, 2.09)
 
-
-def interval(values):
-    """The mean over seeds and its 95 % interval, by Student's t. -> {"mean", "low", "high", "n"};
-    one value has no interval: low and high are None.
-
-    Worked example: 1, 2, 3 have the mean 2 and the deviation 1: 2 +- 4.30 / sqrt(3) = -.48 to 4.48.
-    """
-    mean, n = sum(values) / len(values), len(values)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "n": 1}
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = STUDENT[min(n - 1, len(STUDENT)) - 1] * deviation / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
-
-
-def compared(effect, margin):
-    """Where an interval lies: wholly "above" the margin, wholly "below" it, or "unclear"."""
-    if effect["low"] is None or effect["low"] <= margin <= effect["high"]:
-        return "unclear"
-    return "above" if effect["low"] > margin else "below"
-
-
-def difference(arms, first, second, peak, measure="final"):
+def gap(arms, first, second, peak, measure="final"):
     """The interval of first - second, seed by seed."""
-    a, b = (arms[name][f"peak {peak}, {measure}"]["per_seed"] for name in (first, second))
-    return interval([x - y for x, y in zip(a, b, strict=True)])
+    return difference(*(arms[name][f"peak {peak}, {measure}"]["per_seed"]
+                        for name in (first, second)))
 
 
 def gaps(arms):
     """What verdict() reads, {name: interval}; the last one is for the reader."""
     found = {}
     for family in FAMILIES:
-        found[f"{family} far"] = difference(arms, f"{family} 1", f"{family} inf", FAR)
-        found[f"{family} aligned"] = difference(arms, f"{family} 1", f"{family} inf", ALIGNED)
-    found["imitation"] = difference(arms, "pg", "rft inf", ALIGNED)
-    found["speed"] = difference(arms, "pg", "pg positive", FAR, "mean")
-    found["speed of dpo over rft"] = difference(arms, "dpo 1", "rft 1", FAR, "mean")
+        found[f"{family} far"] = gap(arms, f"{family} 1", f"{family} inf", FAR)
+        found[f"{family} aligned"] = gap(arms, f"{family} 1", f"{family} inf", ALIGNED)
+    found["imitation"] = gap(arms, "pg", "rft inf", ALIGNED)
+    found["speed"] = gap(arms, "pg", "pg positive", FAR, "mean")
+    found["speed of dpo over rft"] = gap(arms, "dpo 1", "rft 1", FAR, "mean")
     return found
 
 
@@ -401,7 +376,7 @@ def draw(plt, path, result):
         axis.set_ylabel("expected reward: median, quartiles")
         axis.set_ylim(-0.03, 1.03)
     for family in FAMILIES:
-        points = [difference(result["arms"], f"{family} 1", f"{family} inf", peak)
+        points = [gap(result["arms"], f"{family} 1", f"{family} inf", peak)
                   for peak in result["settings"]["peaks"]]
         mean = [p["mean"] for p in points]
         errors = None if points[0]["n"] == 1 else \
