@@ -9,7 +9,13 @@ An experiment is a script of its own, run by `python experiments/NAME.py [--seed
     SWEEP_SEEDS               how many seeds choose among an arm's values
     verdict, draw             the rule, and the picture
 
-There are two parts:
+and, where it needs them,
+
+    BASES                     how many base models: seed s starts from base s % BASES [1]
+    FIRST                     commands of train.py, for what the arms need besides a base model
+    measure                   figures of a finished run that train.py does not print
+
+`{seed}` in an arm or in FIRST stands for the run's seed. There are two parts:
 
     1. The sweep: every arm whose word has several values (`sft:learning_rate=1e-3|3e-3`) is run
        with each of them, on seeds of their own (from 100). The best mean stands for the arm.
@@ -18,9 +24,10 @@ There are two parts:
 So the choice does not flatter the figures. (Both parts are judged by the same held-out problems.)
 All runs are those of compare.py: in out/, reused if they are finished, resumed if they are not.
 
-The rule is a function of the figures, written before the run:
+The rule is a function of the figures, written before the run; the start has figures like an arm:
 
-    verdict({arm: {"accuracy": [one per seed], ...}}) -> (one of the four verdicts, {name: effect})
+    verdict({"base": ..., arm: {"accuracy": [one per seed], ...}})
+        -> (one of the four verdicts, {name: effect})
 
 An effect is a mean over seeds with its 95 % interval. `compared` says on which side of a margin the
 interval lies, and a rule decides by that alone.
@@ -37,8 +44,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import compare  # noqa: E402
+import data  # noqa: E402
 import train  # noqa: E402
 from harness import arms as harness_arms  # noqa: E402
 from harness import checkpoint, flags, prepare, report  # noqa: E402
@@ -132,17 +141,79 @@ def middle(word):
     return variants[len(variants) // 2]
 
 
-def rows(planned, jobs):
-    """Run what compare.plan planned -> the rows of compare.json, None after Ctrl-C."""
+def plan(words, common, seeds, bases):
+    """[Arm], word by word, value by value and seed by seed. Seed s starts from base s % bases.
+    Raises InputError for an arm that cannot be run."""
+    words, by_seed = list(words), []
+    for seed in seeds:
+        own = [word.replace("{seed}", str(seed)) for word in words]
+        arms = compare.plan(own, [*common, "--base_seed", str(seed % bases)], seed, 1)
+        written = [(word, variant) for word in words for variant in harness_arms.values(word)]
+        by_seed.append([arm._replace(word=word, variant=variant)
+                        for arm, (word, variant) in zip(arms, written)])
+    return [arm for same in zip(*by_seed) for arm in same]
+
+
+def make_first(words, common, seeds, bases, asked, commands):
+    """Check all arms, and make what they start from: what `commands` make, and base models. ->
+    False after Ctrl-C."""
+    planned, first = plan(words, common, seeds, bases), []
+    for seed in seeds if commands else ():
+        for command in commands:
+            argv = [*command.replace("{seed}", str(seed)).split(), *common, "--seed", str(seed),
+                    "--base_seed", str(seed % bases)]
+            config = flags.parse(argv, train.ALGORITHMS, train.GPTConfig)
+            first += [*prepare.check(config, train.ALGORITHMS), config]
+
+    def make(configs):
+        return all(prepare.is_finished(config) or
+                   train.run(config, asked.again, asked.again) != 130 for config in configs)
+    return make(first) and make(harness_arms.check(planned, train.ALGORITHMS))
+
+
+def start_of(config):
+    """The folder of the base model that a run, or its chain, starts from."""
+    return config.init_from or harness_arms.base_folder(config, train.ALGORITHMS)
+
+
+def measured(measure, folder, config):
+    """measure(model, tokenizer, task, config) -> {name: number}, for the model in a folder."""
+    model = checkpoint.build_model(checkpoint.read(folder), config.device)
+    task = prepare.make_task(config, model.config.block_size)
+    return measure(model, data.Tokenizer(config.tokenizer), task, config)
+
+
+def rows(planned, jobs, measure=None):
+    """Run what was planned -> the rows of compare.json, None after Ctrl-C. What `measure` finds
+    stands under "measured", that of the start under "start"."""
     made = compare.run_all(planned, jobs)
-    return None if made is None else [compare.result(arm, made) for arm in planned]
+    if made is None:
+        return None
+    found, starts = [compare.result(arm, made) for arm in planned], {}
+    if measure:
+        for arm, row in zip(tqdm(planned, desc="judging", unit="run"), found):
+            config, start = arm.stages[-1].config, start_of(arm.stages[0].config)
+            row["measured"] = measured(measure, config.out_dir, config)
+            if start not in starts:
+                starts[start] = measured(measure, start, config)
+            row["start"] = starts[start]
+    return found
 
 
-def figures_of(runs):
-    """{measure: [one figure per run]} for what report.MEASURES names and the runs have; a measure
-    that one of them lacks is left out."""
-    found = {}
-    for title, keys, _ in [*report.MEASURES, ("seconds", ("seconds",), "")]:
+def figures_of(runs, when="after", own="measured"):
+    """{measure: [one figure per run]} for what report.MEASURES names and the runs have, and what
+    was measured besides; a measure that one of them lacks is left out. when="before", own="start":
+    of what they started from, which has no costs."""
+    found, names = {}, {}
+    for title, keys, _ in report.MEASURES:
+        if keys[0] == "after":
+            names[title] = (when, *keys[1:])
+        elif when == "after":
+            names[title] = keys
+    if when == "after":
+        names |= {"before": ("before", "eval/accuracy"), "seconds": ("seconds",)}
+    names |= {name: (own, name) for name in runs[0].get(own, {})}
+    for title, keys in names.items():
         values = []
         for run in runs:
             value = run
@@ -154,19 +225,18 @@ def figures_of(runs):
     return found
 
 
-def run_arms(words, common, asked, sweep_seeds):
-    """words: {arm: word}. -> {arm: its figures, variant and sweep}, None after Ctrl-C.
-
-    Everything is checked, and base models are made, before the first run.
-    """
+def run_arms(experiment, words, common, asked):
+    """words: {arm: word}. -> ({arm: its figures, variant and sweep}, figures of the start), None
+    after Ctrl-C."""
+    bases = getattr(experiment, "BASES", 1)
     swept = {} if asked.quick else {arm: word for arm, word in words.items() if "|" in word}
-    checked = compare.plan(words.values(), common, 0, 1)
-    for config in harness_arms.check(checked, train.ALGORITHMS):
-        if not prepare.is_finished(config) and train.run(config, asked.again, asked.again) == 130:
-            return None
+    sweep_seeds = range(SWEEP_SEED, SWEEP_SEED + experiment.SWEEP_SEEDS) if swept else ()
+    if not make_first(words.values(), common, [*range(asked.seeds), *sweep_seeds], bases, asked,
+                      getattr(experiment, "FIRST", [])):
+        return None
     chosen, tried = {arm: middle(word) for arm, word in words.items()}, {}
     if swept:
-        planned = compare.plan(swept.values(), common, SWEEP_SEED, sweep_seeds)
+        planned = plan(swept.values(), common, sweep_seeds, bases)
         print(f"part 1 of 2, the sweep: {len(planned)} runs; part 2 has "
               f"{len(words) * asked.seeds}", flush=True)
         results = rows(planned, asked.jobs)
@@ -177,17 +247,18 @@ def run_arms(words, common, asked, sweep_seeds):
             chosen[arm] = report.chosen(by_word[word])
             tried[arm] = {variant: figures_of(runs)["accuracy"]
                           for variant, runs in by_word[word].items()}
-    planned = compare.plan(chosen.values(), common, 0, asked.seeds)
+    planned = plan(chosen.values(), common, range(asked.seeds), bases)
     print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)
-    results = rows(planned, asked.jobs)
+    results = rows(planned, asked.jobs, getattr(experiment, "measure", None))
     if results is None:
         return None
     by_word = report.by_arm(results)
-    return {arm: {"variant": variant, "sweep": tried.get(arm, {}),
+    made = {arm: {"variant": variant, "sweep": tried.get(arm, {}),
                   "seeds": [run["seed"] for run in by_word[variant][variant]],
-                  "before": by_word[variant][variant][0]["before"],
                   "figures": figures_of(by_word[variant][variant])}
             for arm, variant in chosen.items()}
+    first = by_word[next(iter(chosen.values()))]
+    return made, figures_of(next(iter(first.values())), "before", "start")
 
 
 # -- results --------------------------------------------------------------------------------------
@@ -210,16 +281,19 @@ def shown(effect):
     return f"{effect['mean']:+.3f} ({effect['low']:+.3f} to {effect['high']:+.3f})"
 
 
-def table(made):
-    """A row an arm: the chosen variant, then means over seeds with half the range."""
-    names = [n for n in ("accuracy", "ood", "reversing", "facts", "chain", "KL", "updates",
-                         "sampled", "trained", "seconds")
-             if any(n in arm["figures"] for arm in made.values())]
+def table(figures):
+    """A row an arm: means over seeds with half the range."""
+    known = [title for title, _, _ in report.MEASURES]
+    own = [n for arm in figures.values() for n in arm if n not in (*known, "before", "seconds")]
+    names = [n for n in dict.fromkeys(("accuracy", "pass@16", "ood", "reversing", "facts", "chain",
+                                       "KL", "length", *own, "updates", "sampled", "trained",
+                                       "seconds"))
+             if any(n in arm for arm in figures.values())]
     lines = [["", *names]]
-    for name, arm in made.items():
+    for name, arm in figures.items():
         cells = [name]
         for measure in names:
-            v, small = arm["figures"].get(measure), measure not in ("updates", "sampled", "trained")
+            v, small = arm.get(measure), measure not in ("updates", "sampled", "trained")
             text = "-" if v is None else f"{sum(v) / len(v):,.{3 if small else 0}f}"
             spread = v is not None and small and len(v) > 1 and measure != "seconds"
             cells.append(text + (f" +-{(max(v) - min(v)) / 2:.3f}" if spread else ""))
@@ -267,11 +341,12 @@ def main(experiment, argv):
     prepare.check_folder(folder)
     if asked.jobs > 1:   # the runs share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.jobs)))
-    made = run_arms(words, common, asked, experiment.SWEEP_SEEDS)
-    if made is None:
+    found = run_arms(experiment, words, common, asked)
+    if found is None:
         print(f"\nstopped; go on with: {asked.again}")
         return 130
-    figures = {arm: found["figures"] for arm, found in made.items()}
+    made, base = found
+    figures = {"base": base, **{arm: row["figures"] for arm, row in made.items()}}
     verdict, effects = experiment.verdict(figures)
     if asked.quick:   # too few steps to conclude anything
         verdict = UNCLEAR
@@ -279,11 +354,12 @@ def main(experiment, argv):
     checkpoint.write_text(path, lines_of({
         "experiment": name, "verdict": verdict, "effects": effects,
         "settings": {"command": asked.again, "flags": common, "arms": words, "seeds": asked.seeds,
-                     "sweep_seeds": 0 if asked.quick else experiment.SWEEP_SEEDS},
+                     "sweep_seeds": 0 if asked.quick else experiment.SWEEP_SEEDS,
+                     "bases": getattr(experiment, "BASES", 1)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "arms": made}))
+        "base": base, "arms": made}))
     drawn = picture(os.path.join(folder, f"{name}.png"), experiment.draw, figures)
-    print(f"\n{table(made)}\n")
+    print(f"\n{table(figures)}\n")
     for what, effect in effects.items():
         print(f"{what}: {shown(effect)}")
     print(f"verdict: {verdict}\nfiles: {path}, {drawn}")

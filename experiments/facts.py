@@ -43,7 +43,7 @@ MARGIN = 0.05
 def verdict(figures):
     sft = figures["SFT"]["accuracy"]
     effects = {f"SFT - {arm}": common.difference(sft, figures[arm]["accuracy"])
-               for arm in figures if arm != "SFT"}
+               for arm in figures if arm not in ("SFT", "base")}
     gaps = {arm: common.compared(effects[f"SFT - {arm}"], MARGIN) for arm in ("DFT", "GRPO")}
     if sum(sft) / len(sft) < 0.5 or "unclear" in gaps.values():
         return common.UNCLEAR, effects

@@ -32,7 +32,7 @@ SHARES = (0.0, 0.1, 0.3, 0.6)
 IMITATION = {"SFT": "sft", "DFT": "dft", "power .5": "dft:loss_type=power:alpha=0.5",
              "asft": "dft:loss_type=asft", "psft": "dft:loss_type=psft",
              "chord": "dft:loss_type=chord"}
-REWARDED = {"RFT": "rft", "GRPO": "grpo"}
+REWARDED = {"RFT": "rft:rounds=10", "GRPO": "grpo"}
 ARMS = {**{f"{arm}, {share}": f"{word}:wrong_share={share}" + common.RATES
            for arm, word in IMITATION.items() for share in SHARES},
         **{f"{arm}, {share}": f"{word}:reward=flipped:flip_probability={share}" + common.RATES

@@ -147,10 +147,10 @@ def test_what_stands_in_the_results(tiny_base, made_up):
     assert settings["flags"][:2] == list(TASK[:1]) + ["2"]
     figures = found["arms"]["SFT"]["figures"]
     assert set(figures) == {"accuracy", "KL", "updates", "sampled", "trained", "train s", "eval s",
-                            "seconds"}
+                            "before", "seconds"}
     assert (figures["updates"], figures["sampled"], figures["trained"], figures["seconds"]) == (
         [2, 2], [7, 7], [40, 40], [1.5, 1.5])
-    assert found["arms"]["SFT"]["before"] == {"eval/accuracy": 0.1}
+    assert figures["before"] == [0.1, 0.1] and found["base"] == {"accuracy": [0.1, 0.1]}
 
 
 def test_lists_of_numbers_stand_on_one_line():

@@ -27,7 +27,8 @@ def kept(request):
 def test_the_verdict_is_what_the_rule_says(kept):
     """Of the figures in the file; and so are the effects."""
     found, module = kept
-    verdict, effects = module.verdict({arm: a["figures"] for arm, a in found["arms"].items()})
+    figures = {arm: a["figures"] for arm, a in found["arms"].items()}
+    verdict, effects = module.verdict({"base": found.get("base", {}), **figures})
     assert found["verdict"] == verdict and set(found["effects"]) == set(effects)
     for name, effect in effects.items():
         assert found["effects"][name] == pytest.approx(effect)
