@@ -14,6 +14,9 @@ and, where it needs them,
     BASES                     how many base models: seed s starts from base s % BASES [1]
     FIRST                     commands of train.py, for what the arms need besides a base model
     measure                   figures of a finished run that train.py does not print
+    SHOWN                     the arms that the picture shows [all]
+    choose                    {variant: its runs of the sweep} -> the variant that stands for the
+                              arm [the highest mean accuracy]
 
 `{seed}` in an arm or in FIRST stands for the run's seed. There are two parts:
 
@@ -244,10 +247,11 @@ def run_arms(experiment, words, common, asked):
             return None
         by_word = report.by_arm(results)
         for arm, word in swept.items():
-            chosen[arm] = report.chosen(by_word[word])
+            chosen[arm] = getattr(experiment, "choose", report.chosen)(by_word[word])
             tried[arm] = {variant: figures_of(runs)["accuracy"]
                           for variant, runs in by_word[word].items()}
-    planned = plan(chosen.values(), common, range(asked.seeds), bases)
+    # An arm may have chosen what another arm is.
+    planned = plan(dict.fromkeys(chosen.values()), common, range(asked.seeds), bases)
     print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)
     results = rows(planned, asked.jobs, getattr(experiment, "measure", None))
     if results is None:

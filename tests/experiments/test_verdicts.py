@@ -5,15 +5,20 @@ are such as compare.py takes.
 
 from unittest.mock import MagicMock
 
+import importlib
+
 import common
-import compare
 import facts
 import noise
 import pytest
 import train
+from conftest import ROOT
 from harness import arms as harness_arms
 
-EXPERIMENTS = [facts, noise]
+# Those whose arms are runs.
+NAMES = [path.stem for path in sorted((ROOT / "experiments").glob("*.py"))
+         if "common.start(" in path.read_text()]
+EXPERIMENTS = [importlib.import_module(name) for name in NAMES]
 
 
 def around(*means):
@@ -94,18 +99,23 @@ def test_the_effects_of_noise_have_their_sign():
     assert effects["fall of DFT at 0.6"]["mean"] == pytest.approx(0.01)
 
 
+def test_there_are_experiments():
+    """Else the tests below would test nothing."""
+    assert {"facts", "noise"} <= set(NAMES)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
 def test_the_arms_are_planned(experiment, tmp_path, monkeypatch):
-    """Every arm in full and with --quick, with every value; the flags of what is quick win."""
+    """Every arm in full and with --quick, with every value; a quick arm is one of the arms."""
     monkeypatch.chdir(tmp_path)
+    first = "".join(getattr(experiment, "FIRST", []))
     for words, more in ((experiment.ARMS, []), (experiment.QUICK_ARMS, experiment.QUICK_FLAGS)):
-        planned = compare.plan(words.values(), [*experiment.FLAGS, *more], 0, 1)
+        planned = common.plan(words.values(), [*experiment.FLAGS, *more], [0, 1], 2)
         assert {arm.word for arm in planned} == set(words.values())
-        harness_arms.check(planned, train.ALGORITHMS)
-        flags = [*experiment.FLAGS, *more]
-        last = [flags[i + 1] for i, word in enumerate(flags) if word == "--max_steps"][-1]
-        assert {arm.stages[-1].config.max_steps for arm in planned
-                if ":max_steps" not in arm.word} == {int(last)}
+        harness_arms.check([arm for arm in planned if not arm.stages[0].config.init_from
+                            and "reward_model=out" not in arm.word], train.ALGORITHMS)
+        assert "reward_model=out" not in str(words) or "--algo rm" in first
+    assert set(experiment.QUICK_ARMS) <= set(experiment.ARMS)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
@@ -118,11 +128,21 @@ def test_a_docstring_says_what_a_reader_needs(experiment):
         assert words in experiment.__doc__
 
 
+class Figures(dict):
+    """Two seeds about a value, whatever the measure; of none that is asked for by `in`."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __missing__(self, measure):
+        return [self.value, self.value + 0.1]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.__name__)
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_picture(experiment, quick):
-    """It shows the arms' means: of made-up figures, each its own. (On a stand-in for pyplot that
-    records what it is told to draw.)"""
+    """It shows the means of all arms, or of those in SHOWN: of made-up figures, each its own. (On a
+    stand-in for pyplot that records what it is told to draw.)"""
     plt = MagicMock()
 
     def subplots(rows, columns, **options):
@@ -131,11 +151,11 @@ def test_the_picture(experiment, quick):
         return MagicMock(), axes[0] if rows == 1 else axes
     plt.subplots = subplots
     words = experiment.QUICK_ARMS if quick else experiment.ARMS
-    measures = ("accuracy", "ood", "facts", "reversing", "chain")
-    figures = {arm: {m: [0.01 * i, 0.01 * i + 0.1] for m in measures}
-               for i, arm in enumerate(words)}
+    names = ["base", *words]
+    shown = [arm for arm in getattr(experiment, "SHOWN", words) if arm in names]
+    figures = {arm: Figures(0.01 * i) for i, arm in enumerate(names)}
     experiment.draw(plt, figures)
     calls = [call for axis in plt.axes for call in (*axis.plot.mock_calls,
                                                     *axis.errorbar.mock_calls)]
     drawn = {round(float(y), 3) for call in calls for y in call.args[1]}
-    assert {round(0.01 * i + 0.05, 3) for i in range(len(words))} <= drawn
+    assert {round(0.01 * names.index(arm) + 0.05, 3) for arm in shown} <= drawn
