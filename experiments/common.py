@@ -160,7 +160,8 @@ def plan(words, common, seeds, bases):
 def make_first(words, common, seeds, bases, asked, commands):
     """Check all arms, and make what they start from: what `commands` make, and base models. ->
     False after Ctrl-C."""
-    planned, first = plan(words, common, seeds, bases), []
+    variants = dict.fromkeys(variant for word in words for variant in harness_arms.values(word))
+    planned, first = plan(variants, common, seeds, bases), []
     for seed in seeds if commands else ():
         for command in commands:
             argv = [*command.replace("{seed}", str(seed)).split(), *common, "--seed", str(seed),

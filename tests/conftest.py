@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "experiments"))
 torch.set_num_threads(1)
 
+pytest_plugins = ["experiment_helpers"]   # its fixtures
+
 
 def script(name, *words, cwd, timeout=300, **kwargs):
     """Run `python <name>.py <words>` in the folder cwd, as a person would. -> CompletedProcess with

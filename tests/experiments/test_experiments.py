@@ -3,98 +3,25 @@ How an experiment is run: the sweep and its choice, the figures, the results fil
 flags. Most tests put made-up summaries in the place of runs; some train for two steps.
 """
 
-import contextlib
-import io
+import importlib
 import json
 import os
 import platform
-import random
+import re
 import sys
-from types import SimpleNamespace
 
 import common
-import compare
-import facts
-import noise
 import pytest
 import torch
-import train
 from conftest import ROOT, TASK, script
+from experiment_helpers import ARMS, NAMES, RESULT, accuracy, experiment, read
 from harness import report
 from runs_helpers import complaint, interrupted
-
-TINY = (*TASK, "--max_steps", "2", "--batch_size", "4", "--logging_steps", "1", "--eval_steps", "2")
-ARMS = {"SFT": "sft:learning_rate=1e-4|1e-3|1e-2", "DFT": "dft:learning_rate=1e-3|1e-2",
-        "plain": "dft:alpha=0.3"}
-RESULT = "experiments/results/made_up.json"
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def experiment(tiny_base, **changes):
-    """A module like that of a script, whose rule is the difference of two arms."""
-    def verdict(figures):
-        gap = common.difference(figures["SFT"]["accuracy"], figures["DFT"]["accuracy"])
-        return common.HOLDS, {"SFT - DFT": gap}
-
-    def draw(plt, figures):
-        figure, axis = plt.subplots(figsize=(2, 2))
-        common.draw_means(axis, [0, 1], [figures[arm]["KL"] for arm in ("SFT", "DFT")], "a", "C0")
-        return figure
-    settings = dict(__doc__="Claim", __file__="experiments/made_up.py", ARMS=ARMS,
-                    FLAGS=[*map(str, TINY), "--init_from", str(tiny_base)],
-                    QUICK_ARMS=ARMS, QUICK_FLAGS=["--max_steps", "1"], SWEEP_SEEDS=2,
-                    verdict=verdict, draw=draw)
-    return SimpleNamespace(**{**settings, **changes})
-
-
-def accuracy(folder):
-    """A made-up accuracy for each run. Learning rates matter: 1e-3 is the best for SFT on the
-    sweep's seeds, 1e-2 on the others."""
-    name = os.path.basename(folder)
-    seed = int(name.split("-")[-1])
-    value = random.Random(name).random() / 10
-    best = "1e-3" if seed >= common.SWEEP_SEED else "1e-2"
-    return value + (0.5 if best in name else 0.0)
-
-
-@pytest.fixture
-def made_up(monkeypatch):
-    """Runs that take no time and answer as `accuracy` says. -> the folders, in order"""
-    folders = []
-
-    def run_one(stage, stopped):
-        folder = stage.config.out_dir
-        folders.append(folder)
-        after = {"eval/accuracy": accuracy(folder), "eval/kl": 2.0}
-        return {"algo": stage.config.algo, "task": "chain", "seed": stage.config.seed, "steps": 2,
-                "updates": 2, "sampled_tokens": 7, "trained_tokens": 40, "seconds": 1.5,
-                "train_seconds": 1.0, "eval_seconds": 0.5, "peak_memory_mb": None,
-                "before": {"eval/accuracy": 0.1}, "after": after}
-    monkeypatch.setattr(compare, "run_one", run_one)
-    return folders
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The runs happen in this process. -> their commands"""
-    commands = []
-
-    def start(command, stdout, stderr, text):
-        commands.append(command[2:])
-        with contextlib.redirect_stdout(io.StringIO()):
-            return SimpleNamespace(returncode=train.main(command[2:]), stderr="")
-    monkeypatch.setattr(compare.subprocess, "run", start)
-    monkeypatch.setattr(report, "plot", lambda folder: "")   # the runs' own pictures take long
-    return commands
-
-
-def read(path=RESULT):
-    with open(path) as file:
-        return json.load(file)
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -222,21 +149,24 @@ def test_an_interrupted_experiment_goes_on(tiny_base, in_process, monkeypatch, c
     assert without_clock(read()) == without_clock(resumed)
 
 
-@pytest.mark.parametrize("module", [facts, noise], ids=lambda m: m.__name__)
-def test_a_script_with_tiny_settings(module, tiny_base, in_process, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_with_tiny_settings(name, tiny_base, in_process, monkeypatch):
     """Its rule and picture take what the runs give: all arms in one step each, from a base that
     knows nothing."""
+    module = importlib.import_module(name)
     flags = ["--max_steps", "1", "--batch_size", "2", "--eval_problems", "4", *map(str, TASK[:4]),
              "--init_from", str(tiny_base)]
-    if module is facts:
+    if name == "facts":
         flags += ["--max_new_tokens", "4"]
-    words = {arm: word.replace("grpo", "grpo:num_generations=2").replace(
-        "rft", "rft:num_generations=2:num_prompts=10") for arm, word in module.QUICK_ARMS.items()}
+    sampled = r"\b(grpo|rft|dpo|ppo|hybrid)(?=[:>]|$)"
+    words = {arm: re.sub(sampled, r"\1:num_generations=2:num_prompts=10",
+                         re.sub(r":(max_steps|num_demonstrations)=\d+", "", word))
+             for arm, word in module.QUICK_ARMS.items()}
     monkeypatch.setattr(module, "QUICK_ARMS", words)
     monkeypatch.setattr(module, "QUICK_FLAGS", flags)
     assert common.main(module, ["--quick"]) == 0
-    found = read(f"out/quick/{module.__name__}.json")
-    assert len(in_process) == len(words) and found["verdict"] == common.UNCLEAR
+    found = read(f"out/quick/{name}.json")
+    assert len(in_process) >= len(words) and found["verdict"] == common.UNCLEAR
     assert all(len(arm["figures"]["accuracy"]) == 1 for arm in found["arms"].values())
 
 
@@ -259,7 +189,7 @@ def test_a_wrong_arm_is_told_before_the_first_run(tiny_base, made_up):
     assert made_up == []
 
 
-@pytest.mark.parametrize("name", ["facts", "noise"])
+@pytest.mark.parametrize("name", NAMES)
 def test_in_a_terminal(name):
     """As a person types it, from another folder: help, and one line for a mistake."""
     done = script(f"experiments/{name}", "--help", cwd=".")

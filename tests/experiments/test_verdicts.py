@@ -12,12 +12,9 @@ import facts
 import noise
 import pytest
 import train
-from conftest import ROOT
+from experiment_helpers import NAMES
 from harness import arms as harness_arms
 
-# Those whose arms are runs.
-NAMES = [path.stem for path in sorted((ROOT / "experiments").glob("*.py"))
-         if "common.start(" in path.read_text()]
 EXPERIMENTS = [importlib.import_module(name) for name in NAMES]
 
 
