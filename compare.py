@@ -39,7 +39,7 @@ from harness import checkpoint, evaluate, flags, prepare, report
 from harness.arms import Arm, base_folder, check, stages, values
 from harness.errors import InputError, one_line
 
-DEFAULT = ["sft", "dft", "dpo", "ppo", "grpo"]
+DEFAULT = ["sft", "dft", "dpo", "ppo", "grpo", "hybrid"]
 
 
 def plan(words, common, seed, seeds):

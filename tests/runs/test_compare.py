@@ -175,8 +175,8 @@ def test_the_folders_of_another_task_or_file():
     assert a_file.out_dir == "out/sums-sft-data-my-sums.jsonl-0"
 
 
-def test_without_a_word_the_main_five_are_compared(monkeypatch):
-    """`python compare.py --seeds 2` is sft dft dpo ppo grpo, twice."""
+def test_without_a_word_the_main_five_and_a_hybrid_are_compared(monkeypatch):
+    """`python compare.py --seeds 2` is sft dft dpo ppo grpo hybrid, twice."""
     class Planned(Exception):
         pass
 
@@ -185,7 +185,7 @@ def test_without_a_word_the_main_five_are_compared(monkeypatch):
     monkeypatch.setattr(compare, "plan", plan)
     with pytest.raises(Planned) as planned:
         run_compare("--seeds", 2, "--max-steps=3")
-    words = ["sft", "dft", "dpo", "ppo", "grpo"]
+    words = ["sft", "dft", "dpo", "ppo", "grpo", "hybrid"]
     assert planned.value.args == (words, ["--max_steps=3"], 0, 2)
 
 

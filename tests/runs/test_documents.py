@@ -188,15 +188,63 @@ def test_the_worlds_of_the_readme_are_those_of_the_results():
         assert [cell.strip() for cell in row.strip("| ").split("|")[2:]] == cells
 
 
-def test_the_verdicts_are_those_of_the_experiments():
-    """A row for every results file of experiments/, with the verdict in it."""
-    section = DOCUMENTS["RESULTS.md"].split("## Claims and verdicts")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")]
-            for line in section.splitlines() if "`experiments/" in line and line[0] == "|"]
-    kept = {path.stem: json.loads(path.read_text())["verdict"]
-            for path in ROOT.glob("experiments/results/*.json")}
-    assert {row[-1].strip("`")[len("experiments/"):-len(".py")]: row[-2] for row in rows} == kept
-    assert len(kept) > 1
+# -- the experiments ------------------------------------------------------------------------------
+
+EXPERIMENTS = {path.stem: json.loads(path.read_text())
+               for path in sorted(ROOT.glob("experiments/results/*.json"))}
+CLAIMS = DOCUMENTS["RESULTS.md"].split("## Claims and verdicts")[1].split("\n## ")[0]
+
+
+def effects_of(found):
+    """{name: effect} of a results file."""
+    return found["effects"] if "effects" in found else found["worlds"]["bandit"]["gaps"]
+
+
+def claims():
+    """{experiment: the cells of its row in RESULTS.md}"""
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in CLAIMS.splitlines()
+            if "`python experiments/" in line and line[0] == "|"]
+    return {re.search(r"experiments/(\w+)\.py", row[-1])[1]: row for row in rows}
+
+
+def test_there_is_a_row_for_every_experiment():
+    """Claim, source, what we saw, verdict and command; every script has its results."""
+    assert set(claims()) == set(EXPERIMENTS) and len(claims()) >= 3
+    scripts = {path.stem for path in ROOT.glob("experiments/*.py")} - {"common"}
+    assert set(EXPERIMENTS) == scripts
+    for name, row in claims().items():
+        assert len(row) == 5 and row[4] == f"`python experiments/{name}.py`"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_row_says_what_the_experiment_found(name):
+    """The verdict word for word; each effect with its mean and interval; no other figure."""
+    row = claims()[name]
+    assert row[3] == EXPERIMENTS[name]["verdict"]
+    named = row[2].split("; ")
+    effects = {f"{what}: {common.shown(effect)}"
+               for what, effect in effects_of(EXPERIMENTS[name]).items()}
+    assert named and set(named) <= effects
+
+
+def figures_in(found):
+    """All that a sentence on an experiment may quote: effects and their intervals, means over
+    seeds, halves of ranges."""
+    numbers = [effect[end] for effect in effects_of(found).values()
+               for end in ("mean", "low", "high")]
+    arms = [arm["figures"] for arm in found.get("arms", {}).values()]
+    for values in (v for figures in (found.get("base", {}), *arms) for v in figures.values()):
+        numbers += [sum(values) / len(values), (max(values) - min(values)) / 2]
+    return {f"{abs(number):.3f}" for number in numbers}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_is_said_of_an_experiment(name):
+    """Under the heading of its script: every figure like .718 is one of its results file."""
+    [said] = re.findall(rf"^### `{name}\.py`(.*?)(?=^### |\Z)", CLAIMS, re.M | re.S)
+    quoted = re.findall(r"(?<![\w.])\d?\.\d{3}\b", said)
+    known = figures_in(EXPERIMENTS[name])
+    assert quoted and [f for f in quoted if f"{float(f):.3f}" not in known] == []
 
 
 def test_sizes():
