@@ -1,7 +1,7 @@
 """
-README, SURVEY, RESULTS and CONTRIBUTING cannot drift: every file, function and test that they
-name exists, every command is one that the program takes, every flag is a flag, and every table of
-figures is the one that its results file gives.
+The documents cannot drift: every file, function and test that README, SURVEY, RESULTS, its tables
+and CONTRIBUTING name exists, every command is one that the program takes, every flag is a flag, and
+every table of figures is the one that its results file gives.
 """
 
 import ast
@@ -20,7 +20,9 @@ from conftest import ROOT
 from harness import flags, report
 from model import GPTConfig
 
-DOCUMENTS = {path.name: path.read_text() for path in ROOT.glob("*.md")}
+MORE = "assets/results/README.md"
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text()
+             for path in [*sorted(ROOT.glob("*.md")), ROOT / MORE]}
 GUIDE = [line for line in DOCUMENTS["SURVEY.md"].splitlines()
          if re.search(r"\]\(tests/\w+/test_\w+\.py\) `test_", line)]
 BLOCKS = [(name, block) for name, text in DOCUMENTS.items()
@@ -31,7 +33,8 @@ COMMANDS = [(name, line.split("   ")[0].replace("pip install -r requirements.txt
                         r"(train|compare|sample|experiments/\w+)\.py", line)]
 BASES = "assets/results/base_seeds.json"
 WORLDS = ["clean", "wrong", "letters", "swapped", "rare", "facts"]   # in the README's order
-TABLES = re.findall(r"<!-- (assets/\S+\.json) -->\n```\n(.*?)\n```", DOCUMENTS["RESULTS.md"], re.S)
+TABLES = [table for name in ("RESULTS.md", MORE) for table in
+          re.findall(r"<!-- (assets/\S+\.json) -->\n```\n(.*?)\n```", DOCUMENTS[name], re.S)]
 
 
 def names(path):
@@ -70,7 +73,8 @@ def test_links_lead_somewhere(name):
     """Every relative link and picture is a file of the repository."""
     links = [link for link in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name])
              if not link.startswith("http")]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    folder = (ROOT / name).parent
+    assert [link for link in links if not (folder / link).exists()] == []
 
 
 @pytest.mark.parametrize("name, command", COMMANDS)
@@ -92,7 +96,7 @@ def test_every_command_is_one(name, command, monkeypatch):
             if own in shared:
                 at = shared.index(own)
                 del shared[at:at + 2]
-        assert compare.plan(words[:first_flag], shared, 0, 1)
+        assert compare.plan(words[:first_flag] or compare.DEFAULT, shared, 0, 1)
 
 
 def test_there_are_commands():
@@ -142,7 +146,7 @@ def test_every_results_file_has_its_table():
     assert files == {path for path, _ in TABLES} | {BASES} and len(TABLES) == len(files) - 1
 
 
-# What RESULTS.md says besides the tables: chance at 16 tries, and the range of five base models.
+# What is said besides the tables: chance at 16 tries, and the range of five base models.
 def other_figures():
     ood = [run["after"]["eval/ood_accuracy"] for run in json.loads((ROOT / BASES).read_text())]
     return {f"{tasks.Chain().chance(16):.3f}", f"{tasks.Countdown().chance(16):.3f}",
@@ -150,13 +154,15 @@ def other_figures():
 
 
 def test_figures_in_sentences_are_those_of_the_tables():
-    """A figure like .986 that a sentence of RESULTS.md names stands in a table of its section, or
-    of the first one, with which others are compared."""
-    first, *sections = [part for part in re.split(r"^## ", DOCUMENTS["RESULTS.md"], flags=re.M)
-                        if "```\n " in part or "| base seed |" in part]
+    """A figure like .986 that a sentence beside a table names stands in a table of its section, or
+    in the comparison of all algorithms, to which others refer."""
+    sections = [part for name in ("RESULTS.md", MORE)
+                for part in re.split(r"^## ", DOCUMENTS[name], flags=re.M)
+                if "```\n " in part or "| base seed |" in part]
+    [all_of_them] = [section for section in sections if section.startswith("All of them")]
     seen = 0
-    for section in (first, *sections):
-        shown = re.findall(r"^```\n.*?^```|^\|.*?$", first + section, re.M | re.S)
+    for section in sections:
+        shown = re.findall(r"^```\n.*?^```|^\|.*?$", all_of_them + section, re.M | re.S)
         known = set(re.findall(r"\d\.\d{3}\b", "\n".join(shown))) | other_figures()
         prose = re.sub(r"^```\n.*?^```|^\|.*?$", "", section, flags=re.M | re.S)
         figures = re.findall(r"(?<![\w.])\.\d{3}\b", prose)
