@@ -107,10 +107,11 @@ def test_the_arms_are_planned(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = "".join(getattr(experiment, "FIRST", []))
     for words, more in ((experiment.ARMS, []), (experiment.QUICK_ARMS, experiment.QUICK_FLAGS)):
-        planned = common.plan(words.values(), [*experiment.FLAGS, *more], [0, 1], 2)
-        assert {arm.word for arm in planned} == set(words.values())
+        variants = {variant for word in words.values() for variant in harness_arms.values(word)}
+        planned = common.plan(sorted(variants), [*experiment.FLAGS, *more], [0, 1], 2)
+        assert {arm.variant for arm in planned} == variants
         harness_arms.check([arm for arm in planned if not arm.stages[0].config.init_from
-                            and "reward_model=out" not in arm.word], train.ALGORITHMS)
+                            and "reward_model=out" not in arm.variant], train.ALGORITHMS)
         assert "reward_model=out" not in str(words) or "--algo rm" in first
     assert set(experiment.QUICK_ARMS) <= set(experiment.ARMS)
 
