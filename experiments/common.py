@@ -164,8 +164,8 @@ def make_first(words, common, seeds, bases, asked, commands):
     planned, first = plan(variants, common, seeds, bases), []
     for seed in seeds if commands else ():
         for command in commands:
-            argv = [*command.replace("{seed}", str(seed)).split(), *common, "--seed", str(seed),
-                    "--base_seed", str(seed % bases)]
+            own = command.replace("{seed}", str(seed)).split()   # its flags win, as an arm's do
+            argv = [*common, "--seed", str(seed), "--base_seed", str(seed % bases), *own]
             config = flags.parse(argv, train.ALGORITHMS, train.GPTConfig)
             first += [*prepare.check(config, train.ALGORITHMS), config]
 
@@ -287,9 +287,11 @@ def shown(effect):
 
 
 def table(figures):
-    """A row an arm: means over seeds with half the range."""
+    """A row an arm: means over seeds with half the range. A measure named `... at 10`, one moment
+    of many, is for the picture and left out."""
     known = [title for title, _, _ in report.MEASURES]
-    own = [n for arm in figures.values() for n in arm if n not in (*known, "before", "seconds")]
+    own = [n for arm in figures.values() for n in arm
+           if n not in (*known, "before", "seconds") and " at " not in n]
     names = [n for n in dict.fromkeys(("accuracy", "pass@16", "ood", "reversing", "facts", "chain",
                                        "KL", "length", *own, "updates", "sampled", "trained",
                                        "seconds"))
