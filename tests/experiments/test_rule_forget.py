@@ -60,7 +60,6 @@ def test_the_effects_of_forget_have_their_sign():
     for name, value in (("kept, GRPO - SFT, at 1e-3", 0.3), ("kept, GRPO - SFT, own rates", -0.1),
                         ("kept, PPO - SFT, at 1e-3", 0), ("kept, DPO - SFT, own rates", -0.1),
                         ("kept, negatives - positives, at 1e-3", 0.2),
-                        ("kept, negatives - positives, own rates", 0),
                         ("KL, GRPO - SFT, at 1e-3", 2), ("accuracy, GRPO - SFT, at 1e-3", 0)):
         assert effects[name]["mean"] == pytest.approx(value), name
 
