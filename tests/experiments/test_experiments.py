@@ -160,8 +160,10 @@ def test_a_script_with_tiny_settings(name, tiny_base, in_process, monkeypatch):
         flags += ["--max_new_tokens", "4"]
     sampled = r"\b(grpo|rft|dpo|ppo|hybrid)(?=[:>]|$)"
     words = {arm: re.sub(sampled, r"\1:num_generations=2:num_prompts=10",
-                         re.sub(r":(max_steps|num_demonstrations)=\d+", "", word))
+                         re.sub(r":(max_steps|num_demonstrations|init_from)=[^:>]+", "", word))
              for arm, word in module.QUICK_ARMS.items()}
+    first = [command for command in getattr(module, "FIRST", []) if "pretrain" not in command]
+    monkeypatch.setattr(module, "FIRST", first, raising=False)   # the tiny base is there
     monkeypatch.setattr(module, "QUICK_ARMS", words)
     monkeypatch.setattr(module, "QUICK_FLAGS", flags)
     assert common.main(module, ["--quick"]) == 0

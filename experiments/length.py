@@ -1,0 +1,121 @@
+"""
+Which way of averaging the loss makes wrong answers longer?
+
+Claim      Dividing each answer's loss by its own length (GRPO's 1/|y|) blames a token of a long
+           wrong answer less than one of a short wrong answer: wrong answers grow. A constant in its
+           place (Dr. GRPO), or the mean over all tokens of the batch (DAPO), does not do that.
+Source     2503.20783 (Dr. GRPO), 2503.14476 (DAPO). That 1/|y| alone turns the expected gradient
+           is proved on an enumerated world in tests/identities/test_aggregation.py; here is the
+           question whether it shows in lengths.
+Here       Wrong answers must last, and their length must be free. Most worlds of this repository
+           lack one or the other: on chain they die out (five or six terms as well, if the base was
+           taught them), on countdown an expression has about one length (7.5 tokens for wrong and
+           7.7 for right ones, whatever the average, in a pilot). So the base, which has seen three
+           and four terms, is trained on three to six. With five and six it has to write more steps
+           than it ever saw, stops too early or goes astray, and stays wrong; an answer may be as
+           long as 60 tokens. Three arms differ in --loss_type alone: 100 updates on 32 x 8 answers.
+           Advantages are divided by the deviation in all of them. The learning rate is 1e-3 for
+           all: Adam divides the gradient by its size, so a smaller constant is no smaller step.
+           Lengths are those of sampled answers to held-out problems of five and six terms, so that
+           they do not grow because the easier problems drop out. One base model; few tokens beside
+           the thousands of a reasoning model; no room for idle talk, in which the paper saw it.
+Falsified  by wrong answers of the arm grpo that are no longer than those of the other two.
+
+Rule       Three effects in tokens, paired by seed, whose 95 % intervals are compared with a margin
+           of 1 token (a step of a worked answer has 6): the growth of wrong answers with grpo from
+           the base on, and the gaps grpo - dr_grpo and grpo - dapo in their length.
+           holds here           growth and both gaps lie above
+           with a condition     both gaps lie above and the growth below: wrong answers are longer
+                                than with the others, but do not grow; or the growth and one gap lie
+                                above and the other gap below: named
+           does not hold here   both gaps lie below
+           cannot be told       any other case
+
+Time       8 minutes on one core (15 runs); the base model, which others share, 1 more.
+"""
+
+import sys
+
+import common
+import tasks
+from harness import evaluate
+
+START = "out/length-base"
+ARMS = {name: f"grpo:init_from={START}:max_steps=100:num_generations=8:loss_type={name}"
+        for name in ("grpo", "dr_grpo", "dapo")}
+FIRST = ["--algo pretrain --seed 0 --min_terms 3 --max_terms 4 --max_new_tokens 0 "
+         f"--out_dir {START}"]
+FLAGS = ["--min_terms", "3", "--max_terms", "6", "--max_new_tokens", "60", "--eval_steps", "100"]
+QUICK_ARMS = {arm: word.replace("=100", "=10") for arm, word in ARMS.items()}
+QUICK_FLAGS = ["--eval_problems", "32"]
+SWEEP_SEEDS = 0
+MARGIN = 1.0
+HARD = 5, 6   # terms of the problems by which lengths are judged
+SAMPLES = 8   # answers to each
+
+
+def mean_length(lengths, which):
+    """The mean of the lengths for which `which` is True; 0 where it is for none. (n,), (n,)"""
+    return lengths[which].float().mean().item() if which.any() else 0.0
+
+
+def measure(model, tokenizer, task, config):
+    """Of sampled answers to held-out problems of five and six terms: how long the wrong and the
+    right ones are, which share is right, and which share used up all tokens."""
+    problems = tasks.Chain(*HARD).problems("test", config.eval_problems, seed=0)
+    _, rewards, lengths, _ = evaluate.answers(model, tokenizer, task, problems, config, SAMPLES)
+    right, lengths = rewards.flatten() > 0.5, lengths.flatten()               # (P SAMPLES,)
+    return {"wrong": mean_length(lengths, ~right), "right": mean_length(lengths, right),
+            "hard": right.float().mean().item(),
+            "at limit": (lengths >= task.max_new_tokens).float().mean().item()}
+
+
+def verdict(figures):
+    wrong = {arm: found["wrong"] for arm, found in figures.items()}
+    effects = {f"wrong answers, {arm} - base": common.difference(wrong[arm], wrong["base"])
+               for arm in ARMS}
+    effects |= {f"wrong answers, grpo - {arm}": common.difference(wrong["grpo"], wrong[arm])
+                for arm in ("dr_grpo", "dapo")}
+    effects |= {f"right answers, grpo - {arm}": common.difference(figures["grpo"]["right"],
+                                                                  figures[arm]["right"])
+                for arm in ("base", "dr_grpo", "dapo")}   # no part of the rule
+    growth, *gaps = (common.compared(effects[f"wrong answers, grpo - {arm}"], MARGIN)
+                     for arm in ("base", "dr_grpo", "dapo"))
+    if gaps == ["below", "below"]:
+        return common.FAILS, effects
+    if gaps == ["above", "above"] and growth != "unclear":
+        return common.HOLDS if growth == "above" else (
+            f"{common.CONDITION}wrong answers are longer than with the others, but do not "
+            "grow"), effects
+    if growth == "above" and sorted(gaps) == ["above", "below"]:
+        beside = "dr_grpo" if gaps[0] == "above" else "dapo"
+        return f"{common.CONDITION}beside {beside} alone", effects
+    return common.UNCLEAR, effects
+
+
+def draw(plt, figures):
+    """How long wrong and right answers are before and after; beside it what they are worth."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    panels = ((("wrong", "wrong answers"), ("right", "right answers")),
+              (("accuracy", "accuracy, all problems"), ("hard", "accuracy, 5 and 6 terms"),
+               ("at limit", "answers that used up all tokens")))
+    arms = ["base", *ARMS]
+    for axis, measures in zip(axes, panels):
+        for i, (measure, label) in enumerate(measures):
+            for x, arm in enumerate(arms):   # a little apart, so that none hides another
+                common.draw_point(axis, x + 0.15 * (i - 1), figures[arm][measure], f"C{i}")
+            axis.plot([], [], "s", color=f"C{i}", label=label)
+        axis.set_xticks(range(len(arms)), ["base", "grpo\n1/|y|", "dr_grpo\na constant",
+                                           "dapo\n1/all tokens"])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("tokens per answer, 5 and 6 terms")
+    axes[1].set_ylabel("share (mean and range over seeds)")
+    axes[1].set_ylim(-0.03, 1.03)
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    common.start(sys.modules[__name__])

@@ -1,0 +1,88 @@
+"""
+The rule of experiments/length.py on figures made up for each outcome, and what it measures.
+"""
+
+import re
+from types import SimpleNamespace
+
+import common
+import length
+import pytest
+import tasks
+import torch
+from harness import evaluate
+
+
+def around(mean):
+    """Five seeds about a mean, +-.1 token."""
+    return [mean + shift for shift in (-0.1, -0.05, 0, 0.05, 0.1)]
+
+
+def scattered(mean):
+    """Five seeds that do not agree, and not in the order of `around`."""
+    return [mean + shift for shift in (6, -6, 2, -4, 2)]
+
+
+def of_length(**wrong):
+    """Figures of the base and the arms: wrong answers of 10 tokens, right ones of 8."""
+    found = {arm: wrong.get(arm, 10) for arm in ("base", "grpo", "dr_grpo", "dapo")}
+    return {arm: {"wrong": value if isinstance(value, list) else around(value),
+                  "right": around(8)} for arm, value in found.items()}
+
+
+@pytest.mark.parametrize("wrong, expected", [
+    ({"grpo": 15}, common.HOLDS),
+    ({"grpo": 15, "base": 15}, "holds with a condition: wrong answers are longer than with the "
+                               "others, but do not grow"),
+    ({"grpo": 15, "base": 20}, "holds with a condition: wrong answers are longer than with the "
+                               "others, but do not grow"),
+    ({"grpo": 15, "dapo": 15}, "holds with a condition: beside dr_grpo alone"),
+    ({"grpo": 15, "dr_grpo": 17}, "holds with a condition: beside dapo alone"),
+    ({}, common.FAILS),
+    ({"grpo": 10.8}, common.FAILS),                       # longer by less than a token
+    ({"grpo": 15, "dapo": 15, "dr_grpo": 15}, common.FAILS),   # all grow alike
+    ({"grpo": 5}, common.FAILS),                          # the others' are longer
+    ({"grpo": scattered(15), "base": around(8)}, common.UNCLEAR),
+    ({"grpo": 15, "base": scattered(12)}, common.UNCLEAR),
+    ({"grpo": 15, "dapo": scattered(12)}, common.UNCLEAR),
+    ({"grpo": 15, "dapo": 15, "base": 15}, common.UNCLEAR),
+    ({arm: [value] for arm, value in (("grpo", 15), ("base", 10), ("dr_grpo", 10), ("dapo", 10))},
+     common.UNCLEAR)])                                    # one seed
+def test_the_rule_of_length(wrong, expected):
+    figures = of_length(**wrong)
+    if len(figures["grpo"]["wrong"]) == 1:
+        for found in figures.values():
+            found["right"] = found["right"][:1]
+    assert length.verdict(figures)[0] == expected
+
+
+def test_the_effects_of_length_have_their_sign():
+    figures = of_length(base=9, grpo=15, dr_grpo=12, dapo=16)
+    figures["grpo"]["right"] = around(7)
+    _, effects = length.verdict(figures)
+    for name, value in (("wrong answers, grpo - base", 6), ("wrong answers, grpo - dr_grpo", 3),
+                        ("wrong answers, grpo - dapo", -1), ("wrong answers, dapo - base", 7),
+                        ("wrong answers, dr_grpo - base", 3), ("right answers, grpo - dapo", -1),
+                        ("right answers, grpo - base", -1)):
+        assert effects[name]["mean"] == pytest.approx(value), name
+
+
+def test_what_is_measured(monkeypatch):
+    """By hand: two problems of five or six terms, two answers each. Wrong are those of 4, 8 and 60
+    tokens, right is that of 6; one in four is as long as can be."""
+    asked = []
+
+    def answers(model, tokenizer, task, problems, config, n):
+        asked.extend(p["prompt"] for p in problems)
+        return [], torch.tensor([[0., 1.], [0., 0.]]), torch.tensor([[4, 6], [8, 60]]), None
+    monkeypatch.setattr(evaluate, "answers", answers)
+    task, config = SimpleNamespace(max_new_tokens=60), SimpleNamespace(eval_problems=40)
+    found = length.measure(None, None, task, config)
+    assert found == {"wrong": 24, "right": 6, "hard": 0.25, "at limit": 0.25}
+    assert {len(re.findall(r"\d", prompt)) for prompt in asked} == {5, 6} and len(asked) == 40
+    assert all(tasks.is_test(prompt) for prompt in asked)
+
+
+def test_a_mean_of_none_is_0():
+    assert length.mean_length(torch.tensor([3, 5]), torch.tensor([False, False])) == 0
+    assert length.mean_length(torch.tensor([3, 5, 6]), torch.tensor([True, False, True])) == 4.5
