@@ -111,10 +111,10 @@ def draw(plt, figures):
                                   f"C{i}")
             label = {"reversing": "kept: reversing", "facts": "kept: facts"}.get(measure, "chain")
             column[0].plot([], [], "s", color=f"C{i}", label=label)
-        for i, arm in enumerate(methods):
-            found = figures[arm + suffix]
-            common.draw_point(column[1], sum(found["KL"]) / len(found["KL"]), kept(found), f"C{i}")
-            column[1].plot([], [], "s", color=f"C{i}", label=arm)
+        for arm in methods:
+            found, color = figures[arm + suffix], f"C{list(WORDS).index(arm)}"
+            common.draw_point(column[1], sum(found["KL"]) / len(found["KL"]), kept(found), color)
+            column[1].plot([], [], "s", color=color, label=arm)
         column[0].set_title(title, fontsize=10)
         column[0].set_xticks(range(len(methods)), methods, rotation=30)
         column[0].set_ylabel("accuracy")
@@ -124,6 +124,7 @@ def draw(plt, figures):
             axis.set_ylim(-0.03, 1.03)
             axis.grid(alpha=0.3)
             axis.legend(frameon=False, loc="lower left", fontsize=8)
+    axes[1][1].sharex(axes[1][0])
     figure.suptitle("mean and range over seeds", fontsize=9)
     figure.tight_layout()
     return figure

@@ -54,7 +54,9 @@ def test_an_arm_has_its_best_value(kept):
         sweep, variant = found["arms"][arm]["sweep"], found["arms"][arm]["variant"]
         assert bool(sweep) == ("|" in word)
         means = {name: sum(values) / len(values) for name, values in sweep.items()}
-        assert not means or means[variant] == max(means.values())
+        assert not means or variant in means
+        # (An experiment that chooses by another measure tests its choice itself.)
+        assert not means or hasattr(module, "choose") or means[variant] == max(means.values())
 
 
 def test_the_picture_is_kept_beside_it(kept):
