@@ -24,8 +24,9 @@ def scattered(mean):
 
 
 def of_length(**wrong):
-    """Figures of the base and the arms: wrong answers of 10 tokens, right ones of 8."""
-    found = {arm: wrong.get(arm, 10) for arm in ("base", "grpo", "dr_grpo", "dapo")}
+    """Figures of the base and the arms: wrong answers of 10 tokens, right ones of 8. Those of the
+    second rate have wrong answers of 30, which the rule does not read."""
+    found = {arm: wrong.get(arm, 30 if "5e-4" in arm else 10) for arm in ("base", *length.ARMS)}
     return {arm: {"wrong": value if isinstance(value, list) else around(value),
                   "right": around(8)} for arm, value in found.items()}
 
@@ -45,15 +46,23 @@ def of_length(**wrong):
     ({"grpo": scattered(15), "base": around(8)}, common.UNCLEAR),
     ({"grpo": 15, "base": scattered(12)}, common.UNCLEAR),
     ({"grpo": 15, "dapo": scattered(12)}, common.UNCLEAR),
-    ({"grpo": 15, "dapo": 15, "base": 15}, common.UNCLEAR),
-    ({arm: [value] for arm, value in (("grpo", 15), ("base", 10), ("dr_grpo", 10), ("dapo", 10))},
-     common.UNCLEAR)])                                    # one seed
+    ({"grpo": 15, "dapo": 15, "base": 15}, common.UNCLEAR)])
 def test_the_rule_of_length(wrong, expected):
-    figures = of_length(**wrong)
-    if len(figures["grpo"]["wrong"]) == 1:
-        for found in figures.values():
-            found["right"] = found["right"][:1]
-    assert length.verdict(figures)[0] == expected
+    assert length.verdict(of_length(**wrong))[0] == expected
+
+
+def test_one_seed_concludes_nothing():
+    figures = {arm: {name: values[:1] for name, values in found.items()}
+               for arm, found in of_length(grpo=15).items()}
+    assert length.verdict(figures)[0] == common.UNCLEAR
+
+
+def test_an_arm_of_the_second_rate_is_compared_with_its_own():
+    figures = of_length(base=9, grpo=15, **{"grpo at 5e-4": 12, "dapo at 5e-4": 7})
+    _, effects = length.verdict(figures)
+    assert effects["wrong answers, grpo - dapo at 5e-4"]["mean"] == pytest.approx(5)
+    assert effects["wrong answers, grpo - base at 5e-4"]["mean"] == pytest.approx(3)
+    assert effects["wrong answers, grpo - dr_grpo"]["mean"] == pytest.approx(5)
 
 
 def test_the_effects_of_length_have_their_sign():
