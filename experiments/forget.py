@@ -27,7 +27,7 @@ Rule       Two effects on `kept`, paired by seed, whose 95 % intervals are compa
            No part of the rule: the same effects for the other methods, so that one sees whether
            all that is on-policy protects; (c) negatives - positives at 1e-3; accuracy; KL.
 
-Time       14 minutes on one core (about 70 runs); two base models 2 more.
+Time       15 minutes on one core (about 70 runs); two base models 2 more.
 """
 
 import sys

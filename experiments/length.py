@@ -17,8 +17,10 @@ Here       Wrong answers must last, and their length must be free. Most worlds o
            Advantages are divided by the deviation in all of them. The learning rate is 1e-3 for
            all: Adam divides the gradient by its size, so a smaller constant is no smaller step.
            Lengths are those of sampled answers to held-out problems of five and six terms, so that
-           they do not grow because the easier problems drop out. One base model; few tokens beside
-           the thousands of a reasoning model; no room for idle talk, in which the paper saw it.
+           they do not grow because the easier problems drop out. (Trained on five and six terms
+           alone, one pilot run of 60 updates went the other way: wrong answers of 8.9 tokens with
+           grpo, 15.4 with dr_grpo.) One base model; few tokens beside the thousands of a reasoning
+           model, and no room for idle talk.
 Falsified  by wrong answers of the arm grpo that are no longer than those of the other two.
 
 Rule       Three effects in tokens, paired by seed, whose 95 % intervals are compared with a margin
@@ -33,7 +35,7 @@ Rule       Three effects in tokens, paired by seed, whose 95 % intervals are com
            No part of the rule: the length of right answers, and a second learning rate, 5e-4,
            which was added after the first run had left the intervals wide.
 
-Time       12 minutes on one core (30 runs); the base model 1 more.
+Time       13 minutes on one core (30 runs); the base model 1 more.
 """
 
 import sys
