@@ -14,6 +14,8 @@ and, where it needs them,
     BASES                     how many base models: seed s starts from base s % BASES [1]
     FIRST                     commands of train.py, for what the arms need besides a base model
     measure                   figures of a finished run that train.py does not print
+    extra                     (asked, the arms so far) -> {name: figures} of what is no run of
+                              train.py, None after Ctrl-C; they join the arms' figures
     SHOWN                     the arms that the picture shows [all]
     choose                    {variant: its runs of the sweep} -> the variant that stands for the
                               arm [the highest mean accuracy]
@@ -348,12 +350,14 @@ def main(experiment, argv):
     prepare.check_folder(folder)
     if asked.jobs > 1:   # the runs share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.jobs)))
-    found = run_arms(experiment, words, common, asked)
-    if found is None:
+    found, more = run_arms(experiment, words, common, asked), {}
+    if found is not None and hasattr(experiment, "extra"):
+        more = experiment.extra(asked, found[0])
+    if found is None or more is None:
         print(f"\nstopped; go on with: {asked.again}")
         return 130
     made, base = found
-    figures = {"base": base, **{arm: row["figures"] for arm, row in made.items()}}
+    figures = {"base": base, **{arm: row["figures"] for arm, row in made.items()}, **more}
     verdict, effects = experiment.verdict(figures)
     if asked.quick:   # too few steps to conclude anything
         verdict = UNCLEAR
@@ -364,7 +368,7 @@ def main(experiment, argv):
                      "sweep_seeds": 0 if asked.quick else experiment.SWEEP_SEEDS,
                      "bases": getattr(experiment, "BASES", 1)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "base": base, "arms": made}))
+        "base": base, "arms": made, **({"extra": more} if more else {})}))
     drawn = picture(os.path.join(folder, f"{name}.png"), experiment.draw, figures)
     print(f"\n{table(figures)}\n")
     for what, effect in effects.items():

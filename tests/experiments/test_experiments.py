@@ -98,6 +98,29 @@ def test_quick_concludes_nothing(tiny_base, made_up):
     assert found["effects"]["SFT - DFT"]["low"] is None
 
 
+def test_figures_of_what_is_no_run(tiny_base, made_up, capsys):
+    """`extra` is asked once the arms are made. Its figures stand apart in the file, and beside the
+    arms' in the rule and the table. None of it, after Ctrl-C, ends the experiment."""
+    def extra(asked, made):
+        assert asked.seeds == 2 and made["SFT"]["variant"] == "sft:learning_rate=1e-3"
+        return {"replay": {"accuracy": [0.25, 0.75]}}
+
+    def verdict(figures):
+        return common.FAILS, {"replay": common.interval(figures["replay"]["accuracy"])}
+    this = experiment(tiny_base, extra=extra, verdict=verdict)
+    assert common.main(this, ["--seeds", "2"]) == 0
+    found = read()
+    assert found["extra"] == {"replay": {"accuracy": [0.25, 0.75]}} and set(found["arms"]) == set(
+        ARMS)
+    assert found["effects"]["replay"]["mean"] == 0.5
+    out = capsys.readouterr().out
+    assert ["replay", "0.500", "+-0.250"] in [line.split()[:3] for line in out.splitlines()]
+    os.remove(RESULT)
+    this.extra = lambda asked, made: None
+    assert common.main(this, ["--seeds", "2"]) == 130 and not os.path.exists(RESULT)
+    assert "stopped; go on with" in capsys.readouterr().out
+
+
 def test_without_matplotlib(tiny_base, made_up, monkeypatch, capsys):
     """The results are written all the same."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -28,7 +28,8 @@ def test_the_verdict_is_what_the_rule_says(kept):
     """Of the figures in the file; and so are the effects."""
     found, module = kept
     figures = {arm: a["figures"] for arm, a in found["arms"].items()}
-    verdict, effects = module.verdict({"base": found.get("base", {}), **figures})
+    verdict, effects = module.verdict({"base": found.get("base", {}), **figures,
+                                       **found.get("extra", {})})
     assert found["verdict"] == verdict and set(found["effects"]) == set(effects)
     for name, effect in effects.items():
         assert found["effects"][name] == pytest.approx(effect)
@@ -45,6 +46,9 @@ def test_the_settings_are_those_of_the_script(kept):
         assert arm["seeds"] == [0, 1, 2, 3, 4]
         assert all(len(values) == 5 for values in arm["figures"].values())
         assert all(len(values) == module.SWEEP_SEEDS for values in arm["sweep"].values())
+    assert ("extra" in found) == hasattr(module, "extra")
+    for figures in found.get("extra", {}).values():
+        assert all(len(values) == 5 for values in figures.values())
 
 
 def test_an_arm_has_its_best_value(kept):
