@@ -1,0 +1,89 @@
+"""
+DFT's offline table, in the small: imitate your own right answers, and weigh each token by belief.
+
+Claim      DFT on the base's own verified answers, offline, is better than RFT and DPO on the same
+           answers, and as good as or better than PPO and GRPO, which are online.
+Source     2508.05629, the offline setting; its order is DPO < RFT < PPO < GRPO < DFT.
+Here       countdown (base .41), where there is room. Offline are DPO, RFT and DFT: all answers come
+           from the base, 16 to each of 32 prompts a step. (Fresh ones at each step; the paper has
+           four to a question, drawn once.) PPO and GRPO draw as many from the policy. All make 60
+           updates: PPO two a step, in 30 steps. For reference: SFT and DFT on demonstrations. Each
+           arm has a learning rate of its own.
+Falsified  by an RFT, DPO, PPO or GRPO that DFT does not beat.
+
+Rule       Four gaps in held-out accuracy, paired by seed: DFT - DPO, - RFT, - PPO, - GRPO. Each
+           has a 95 % interval, which is compared with a margin of .02.
+           holds here           all four lie above
+           with a condition     some lie above: named
+           does not hold here   all four lie below
+           cannot be told       any other case
+
+These are 60 updates, and an online method that still rises may end elsewhere with more. DFT can
+only make surer what the base does already; pass@16 shows what that costs.
+
+Time       15 minutes on one core (56 runs); the base models, which others share, 4 more.
+"""
+
+import sys
+
+import common
+
+# In the paper's order; then two references.
+ORDER = {"DPO": "dpo:sync_steps=inf", "RFT": "rft", "PPO": "ppo:max_steps=30:eval_steps=30",
+         "GRPO": "grpo", "DFT": "rft:weighting=dft"}
+DEMONSTRATIONS = {"SFT, demos": "sft", "DFT, demos": "dft"}
+ARMS = {arm: word + common.RATES for arm, word in {**ORDER, **DEMONSTRATIONS}.items()}
+FLAGS = ["--task", "countdown", "--max_steps", "60", "--eval_steps", "60"]
+QUICK_ARMS = ARMS
+QUICK_FLAGS = ["--max_steps", "10", "--eval_problems", "64"]
+SWEEP_SEEDS, BASES = 1, 2
+MARGIN = 0.02
+
+
+def verdict(figures):
+    def gap(a, b, measure="accuracy"):
+        return common.difference(figures[a][measure], figures[b][measure])
+
+    others, arms = [arm for arm in ORDER if arm != "DFT"], list(ORDER)
+    effects = {f"DFT - {arm}": gap("DFT", arm) for arm in others}
+    sides = {arm: common.compared(effects[f"DFT - {arm}"], MARGIN) for arm in others}
+    for a, b in zip(arms[1:4], arms):   # neighbours in the paper's order
+        effects[f"{a} - {b}"] = gap(a, b)
+    effects |= {"DFT - DFT, demos": gap("DFT", "DFT, demos"),
+                "DFT - RFT, pass@16": gap("DFT", "RFT", "pass@16"),
+                "DFT - GRPO, pass@16": gap("DFT", "GRPO", "pass@16"),
+                "DFT - GRPO, ood": gap("DFT", "GRPO", "ood")}
+    beaten = [arm for arm in others if sides[arm] == "above"]
+    if len(beaten) == len(others):
+        return common.HOLDS, effects
+    if beaten:
+        return f"{common.CONDITION}DFT beats {', '.join(beaten)} alone", effects
+    return common.FAILS if set(sides.values()) == {"below"} else common.UNCLEAR, effects
+
+
+def draw(plt, figures):
+    """Accuracy and pass@16 of each arm, in the paper's order; the base is a dashed line."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    offline = ("DPO", "RFT", "DFT")
+    for axis, measure in zip(axes, ("accuracy", "pass@16")):
+        for x, arm in enumerate(ARMS):
+            color = "C7" if arm in DEMONSTRATIONS else "C0" if arm in offline else "C1"
+            common.draw_point(axis, x, figures[arm][measure], color)
+        base = figures["base"][measure]
+        axis.axhline(sum(base) / len(base), color="black", linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(ARMS)), [arm.replace(", ", "\n") for arm in ARMS])
+        axis.set_title(f"held-out {measure}")
+        axis.grid(alpha=0.3)
+    for label, color in (("offline, own answers", "C0"), ("online", "C1"),
+                         ("demonstrations", "C7")):
+        axes[0].plot([], [], "s", color=color, label=label)
+    axes[0].plot([], [], "--", color="black", label="the base")
+    axes[0].legend(frameon=False, loc="lower right")
+    figure.suptitle("mean and range over seeds; the paper's order, then two references",
+                    fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    common.start(sys.modules[__name__])
