@@ -193,7 +193,7 @@ def draw(plt, figures):
                               f"C{2 + i}")
         axes[2].plot([], [], "s", color=f"C{2 + i}", label=loss)
     axes[2].set_xticks(range(4), ["online", "in\norder", "shuf-\nfled", "offline"])
-    axes[2].set_xlabel("order of the online run's batches")
+    axes[2].set_xlabel("the learner's batches")
     axes[2].set_title("tandem: held-out accuracy")
     axes[2].legend(frameon=False, loc="lower left")
     for axis in axes:
