@@ -85,6 +85,13 @@ def shuffled(batches, seed):
     return random.Random(f"tandem {seed}").sample(batches, len(batches))
 
 
+class Short(Run):
+    """A run that is not judged before its first step: what it starts from is known."""
+
+    def evaluate(self, full):
+        return super().evaluate(full) if self.step else {}
+
+
 def learn(config, change, batches):
     """A run of train.py's loop, of change(algorithm, batches); reused if it is finished. -> its
     summary, None after Ctrl-C. The batches stay in its folder."""
@@ -93,7 +100,7 @@ def learn(config, change, batches):
         changed = {**train.ALGORITHMS, config.algo: change(train.ALGORITHMS[config.algo], batches)}
         algo, _, seconds = prepare.build(config, changed)
         with contextlib.redirect_stdout(io.StringIO()), \
-                Run(algo, "", pretrain_seconds=seconds) as run:
+                Short(algo, "", pretrain_seconds=seconds) as run:
             train.train(algo, run)
         checkpoint.write(path, lambda tmp: torch.save(batches, tmp))
         if run.finish() is None:

@@ -11,8 +11,7 @@ import train
 from harness import arms as harness_arms
 from test_verdicts import around, scattered
 
-ACCURACY = {"DPO": 0.40, "RFT": 0.47, "PPO": 0.45, "GRPO": 0.48, "DFT": 0.52, "SFT, demos": 0.44,
-            "DFT, demos": 0.50}
+ACCURACY = {"DPO": 0.40, "RFT": 0.47, "PPO": 0.45, "GRPO": 0.48, "DFT": 0.52}
 
 
 def figures(**accuracy):
@@ -47,19 +46,13 @@ def test_one_seed_concludes_nothing():
     assert table.verdict(one)[0] == common.UNCLEAR
 
 
-def test_demonstrations_are_no_part_of_the_rule():
-    """However good they are."""
-    changed = figures(**{"SFT, demos": 0.9, "DFT, demos": 0.9})
-    assert table.verdict(changed)[0] == common.HOLDS
-
-
 def test_the_effects_have_their_sign():
     """By hand from ACCURACY; pass@16 there is 1 minus it, ood half of it."""
     _, effects = table.verdict(figures())
     expected = {"DFT - DPO": 0.12, "DFT - RFT": 0.05, "DFT - PPO": 0.07, "DFT - GRPO": 0.04,
                 "RFT - DPO": 0.07, "PPO - RFT": -0.02, "GRPO - PPO": 0.03,
-                "DFT - DFT, demos": 0.02, "DFT - RFT, pass@16": -0.05,
-                "DFT - GRPO, pass@16": -0.04, "DFT - GRPO, ood": 0.02}
+                "DFT - RFT, pass@16": -0.05, "DFT - GRPO, pass@16": -0.04,
+                "DFT - GRPO, ood": 0.02}
     assert {name: effect["mean"] for name, effect in effects.items()} == pytest.approx(expected)
 
 
