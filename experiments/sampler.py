@@ -11,9 +11,9 @@ Here       DPO on chain: 60 updates, the sampler renewed after each, after ten, 
            16 answers to each of 32 prompts a step, so offline as well has fresh answers all the
            time: kinder than a fixed set. A moving reference is renewed with the sampler; offline
            it never moves. Each arm has a learning rate of its own.
-           The tandem: IPO, and RFT (which imitates right answers), at a rate of 1e-3. An online
-           run keeps its batches. From the same start, a learner updates on them in order, another
-           shuffled, a third on answers of the start: nothing differs but the batches.
+           The tandem: IPO, and an imitation of the best of each 16 answers, at a rate of 1e-3. An
+           online run keeps its batches. From the same start, a learner updates on them in order,
+           another shuffled, a third on answers of the start: nothing differs but the batches.
 Falsified  by offline that comes near online, or by ten updates between renewals that do not.
 
 Rule       Three gaps in held-out accuracy, paired by seed: online - offline; online - every ten
@@ -51,7 +51,7 @@ ARMS = {"online": "dpo" + common.RATES, "every 10": "dpo:sync_steps=10" + common
         "online, moving": "dpo:sync_ref=true" + common.RATES,
         "every 10, moving": "dpo:sync_steps=10:sync_ref=true" + common.RATES}
 TANDEM = {"IPO": ("dpo:loss_type=ipo", "dpo:loss_type=ipo:sync_steps=inf"),   # online and offline
-          "RFT": ("rft:rounds=60", "rft")}
+          "best of 16": ("rft:keep=best:rounds=60", "rft:keep=best")}
 WAYS = ("online", "in order", "shuffled", "offline")
 FLAGS = ["--max_steps", "60", "--eval_steps", "60"]
 QUICK_ARMS = ARMS
@@ -121,7 +121,7 @@ def tandem(loss, flags, seed):
         word = TANDEM[loss][way == "offline"]
         [stage] = harness_arms.stages(word, flags, seed, train.ALGORITHMS)
         config = configs[way] = stage.config
-        config.out_dir = f"out/tandem/{loss}-{way.replace(' ', '_')}-{seed}"
+        config.out_dir = f"out/tandem/{loss}-{way}-{seed}".replace(" ", "_")
         batches, change = [], recording
         if way in ("in order", "shuffled"):
             kept = os.path.join(configs["online"].out_dir, "batches.pt")

@@ -19,7 +19,8 @@ from test_verdicts import around, scattered
 ARMS = {"online": 0.98, "every 10": 0.96, "offline": 0.85, "online, moving": 0.97,
         "every 10, moving": 0.95}
 REPLAYS = {"IPO, online": 0.97, "IPO, in order": 0.97, "IPO, shuffled": 0.90, "IPO, offline": 0.88,
-           "RFT, online": 0.98, "RFT, in order": 0.98, "RFT, shuffled": 0.96, "RFT, offline": 0.74}
+           "best of 16, online": 0.98, "best of 16, in order": 0.98, "best of 16, shuffled": 0.96,
+           "best of 16, offline": 0.74}
 
 
 def figures(away=0.0, **accuracy):
@@ -68,8 +69,8 @@ def test_the_effects_have_their_sign():
                 "online - every 10, reference moving": 0.02,
                 "online: reference moving - fixed": -0.01, "online - offline, ood": 0.065,
                 "IPO: online - in order": 0.0, "IPO: online - shuffled": 0.07,
-                "IPO: shuffled - offline": 0.02, "RFT: online - in order": 0.0,
-                "RFT: online - shuffled": 0.02, "RFT: shuffled - offline": 0.22}
+                "IPO: shuffled - offline": 0.02, "best of 16: online - in order": 0.0,
+                "best of 16: online - shuffled": 0.02, "best of 16: shuffled - offline": 0.22}
     assert {name: effect["mean"] for name, effect in effects.items()} == pytest.approx(expected)
 
 
@@ -90,6 +91,10 @@ FLAGS = [*map(str, TASK[:2]), "--max_terms", "3", "--eval_problems", "16", "--ma
          "--eval_steps", "6"]
 
 
+def folder(loss):
+    return loss.replace(" ", "_")
+
+
 @pytest.fixture(scope="module")
 def four(small_base, tmp_path_factory):
     """The four learners of every loss in six steps, from a base that is often right.
@@ -101,7 +106,8 @@ def four(small_base, tmp_path_factory):
         for loss, words in LOSSES.items():
             sampler.TANDEM[loss] = words
             summaries = sampler.tandem(loss, flags, 3)
-            batches = torch.load(f"out/tandem/{loss}-online-3/batches.pt", weights_only=True)
+            kept = f"out/tandem/{folder(loss)}-online-3/batches.pt"
+            batches = torch.load(kept, weights_only=True)
             found[loss] = summaries, batches, os.getcwd()
     finally:
         os.chdir(here)
@@ -132,7 +138,7 @@ def test_the_online_run_is_that_of_train_py(four, loss, small_base, tmp_path, mo
     flags = [*FLAGS, "--init_from", str(small_base)]
     [stage] = harness_arms.stages(LOSSES[loss][0], flags, 3, train.ALGORITHMS)
     assert train.main(stage.command) == 0
-    recorded = SimpleNamespace(out_dir=f"{four[loss][2]}/out/tandem/{loss}-online-3")
+    recorded = SimpleNamespace(out_dir=f"{four[loss][2]}/out/tandem/{folder(loss)}-online-3")
     assert sampler.furthest(stage.config, recorded) == 0
 
 
@@ -146,14 +152,14 @@ def test_shuffled_has_each_batch_once():
 
 def test_a_finished_tandem_is_reused(four, monkeypatch):
     """Nothing is trained again."""
-    monkeypatch.chdir(four["RFT"][2])
+    monkeypatch.chdir(four["best of 16"][2])
     monkeypatch.setattr(train, "train", lambda algo, run: pytest.fail("trained again"))
     [config] = [stage.config for stage in harness_arms.stages(
-        "rft", ["--max_steps", "6"], 3, train.ALGORITHMS)]
-    config.out_dir = "out/tandem/RFT-offline-3"
+        "rft:keep=best", ["--max_steps", "6"], 3, train.ALGORITHMS)]
+    config.out_dir = "out/tandem/best_of_16-offline-3"
     monkeypatch.setattr(sampler.compare, "reusable", lambda config: True)
     found = sampler.learn(config, sampler.recording, [])
-    assert found == {k: v for k, v in four["RFT"][0]["offline"].items() if k != "measured"}
+    assert found == {k: v for k, v in four["best of 16"][0]["offline"].items() if k != "measured"}
 
 
 def test_ctrl_c_ends_the_tandem(monkeypatch):
@@ -169,13 +175,14 @@ def test_the_figures_of_the_tandem(monkeypatch):
 
     def tandem(loss, flags, seed):
         bases.append((loss, flags[-1], seed))
-        after = {"eval/accuracy": 0.1 * seed + (loss == "RFT")}
+        after = {"eval/accuracy": 0.1 * seed + (loss == "best of 16")}
         return {way: {"seconds": 1, "before": {}, "after": after,
                       "measured": {"parameters": float(i)}} for i, way in enumerate(sampler.WAYS)}
     monkeypatch.setattr(sampler, "tandem", tandem)
     found = sampler.extra(SimpleNamespace(seeds=3, quick=False), {})
-    assert bases == [(loss, base, seed) for loss in ("IPO", "RFT")
+    assert bases == [(loss, base, seed) for loss in ("IPO", "best of 16")
                      for base, seed in (("0", 0), ("1", 1), ("0", 2))]
-    assert list(found) == [f"{loss}, {way}" for loss in ("IPO", "RFT") for way in sampler.WAYS]
-    assert found["RFT, shuffled"]["accuracy"] == pytest.approx([1.0, 1.1, 1.2])
-    assert found["RFT, shuffled"]["parameters"] == [2.0, 2.0, 2.0]
+    assert list(found) == [f"{loss}, {way}" for loss in ("IPO", "best of 16")
+                           for way in sampler.WAYS]
+    assert found["best of 16, shuffled"]["accuracy"] == pytest.approx([1.0, 1.1, 1.2])
+    assert found["best of 16, shuffled"]["parameters"] == [2.0, 2.0, 2.0]
