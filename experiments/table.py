@@ -2,7 +2,7 @@
 DFT's offline table, in the small: imitate your own right answers, and weigh each token by belief.
 
 Claim      DFT on the base's own verified answers, offline, is better than RFT and DPO on the same
-           answers, and as good as or better than PPO and GRPO, which are online.
+           answers, and better even than PPO and GRPO, which are online.
 Source     2508.05629, the offline setting; its order is DPO < RFT < PPO < GRPO < DFT.
 Here       countdown (base .41), where there is room. Offline are DPO, RFT and DFT: all answers come
            from the base, 16 to each of 32 prompts a step. (Fresh ones at each step; the paper has
@@ -23,7 +23,7 @@ Rule       Four gaps in held-out accuracy, paired by seed: DFT - DPO, - RFT, - P
 These are 60 updates, and an online method that still rises may end elsewhere with more. DFT can
 only make surer what the base does already; pass@16 shows what that costs.
 
-Time       15 minutes on one core (40 runs); the base models, which others share, 4 more.
+Time       12 minutes on one core (40 runs); the base models, which others share, 4 more.
 """
 
 import sys
