@@ -70,6 +70,9 @@ class Task:
         return completion
 
 
+MIXED = ("own", "letters", "swapped")   # what the style `mixed` draws from
+
+
 class Chain(Task):
     """Arithmetic from left to right, modulo 10: `7+5*3=` is (7+5)*3 = 2*3 = 6.
 
@@ -90,7 +93,8 @@ class Chain(Task):
     other_skills        one document in ten reverses digits, `r4827=7284`, one in twelve tells a
                         fact, `k37=51`; evaluation watches what post-training leaves of them
     style               how demonstrations are written: `own`, as in the textbook, or foreign:
-                        `letters` a7+5=2;a2*3=6, `swapped` 5+7=2;3*2=6, `totals` 2;6, `bare` 6
+                        `letters` a7+5=2;a2*3=6, `swapped` 5+7=2;3*2=6, `totals` 2;6, `bare` 6;
+                        or `mixed`, each in one of the first three
     wrong_share         of the demonstrations, which then have one wrong step and a wrong answer
     num_demonstrations  how many there are
     reward              leaky, flipped, random: see reward_functions
@@ -170,9 +174,10 @@ class Chain(Task):
     def demonstrations(self, size, seed, style="own", wrong_share=0.0):
         """The same problems in every style. What is wrong at a small wrong_share is wrong in the
         same way at a larger one."""
-        rng = random.Random(f"{self.name} demonstrations {seed}")
-        return [self.demonstration(rng, style, wrong_share, random.Random(f"slip {seed} {i}"))
-                for i in range(size)]
+        rng, mix = random.Random(f"{self.name} demonstrations {seed}"), random.Random(f"mix {seed}")
+        styles = [mix.choice(MIXED) if style == "mixed" else style for _ in range(size)]
+        return [self.demonstration(rng, written, wrong_share, random.Random(f"slip {seed} {i}"))
+                for i, written in enumerate(styles)]
 
     def demonstration(self, rng, style="own", wrong_share=0.0, slips=None):
         """{"prompt", "completion", "answer"}; the answer is the right one, whatever was written."""

@@ -167,8 +167,9 @@ class Demonstrations(Settings):
     """demonstrations"""
     num_demonstrations: int = flag(400, "size of the finite set of demonstrations (100 to 10000)",
                                    at_least=1)
-    style: Literal["own", "letters", "swapped", "totals", "bare"] = flag(
-        "own", "chain: how they are written: as in the textbook, or foreign")
+    style: Literal["own", "letters", "swapped", "totals", "bare", "mixed"] = flag(
+        "own", "chain: how they are written: as in the textbook, or foreign; mixed: each in own, "
+               "letters or swapped")
     wrong_share: float = flag(0.0, "chain: share of them with a wrong step (0 to 0.6)", at_least=0,
                               at_most=1)
 

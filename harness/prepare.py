@@ -179,8 +179,8 @@ def make_task(config, block_size, judge=None):
     style, wrong_share = getattr(config, "style", "own"), getattr(config, "wrong_share", 0)
     if (style != "own" or wrong_share) and (config.data or config.task != "chain"):
         raise InputError("--style and --wrong_share are for --task chain")
-    if style == "swapped" and config.min_terms == 2:   # 7+5 swapped is 5+7, which may be a test
-        raise InputError("--style swapped solves other problems of two terms, which may be held "
+    if style in ("swapped", "mixed") and config.min_terms == 2:   # 7+5 swapped is 5+7: a test?
+        raise InputError(f"--style {style} solves other problems of two terms, which may be held "
                          "out: give --min_terms 3")
     if config.task == "countdown" and (config.worked_share != 0.3 or config.other_skills):
         raise InputError("--worked_share and --other_skills are for --task chain and facts")

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from tasks import FACTS, Chain, Facts, is_test
+from tasks import FACTS, MIXED, Chain, Facts, is_test
 
 STYLES = ["own", "letters", "swapped", "totals", "bare"]
 
@@ -56,6 +56,35 @@ def test_every_style_has_the_same_problems(terms, style):
     assert all(e["completion"] == Chain.solve(e["prompt"], style)["steps"] for e in found)
     assert (found == own) == (style == "own")
     assert max(len(e["completion"]) for e in found) + 1 <= task.max_new_tokens
+
+
+def test_mixed_styles():
+    """Each of 9,000 demonstrations is what one of three styles makes of it, a third each to within
+    four standard deviations; a style says nothing about the problem, and the first fifty stay the
+    same in a larger set."""
+    assert MIXED == ("own", "letters", "swapped")
+    mixed, own = (Chain().demonstrations(9000, 2, style) for style in ("mixed", "own"))
+    assert [(e["prompt"], e["answer"]) for e in mixed] == [(e["prompt"], e["answer"]) for e in own]
+    counts = dict.fromkeys(MIXED, 0)
+    for e in mixed:
+        written = [s for s in MIXED if Chain.solve(e["prompt"], s)["steps"] == e["completion"]]
+        assert written and not is_wrong(e)   # 7+7 is written the same when it is swapped
+        for style in written:
+            counts[style] += len(written) == 1
+    alike = 9000 - sum(counts.values())
+    assert alike < 200
+    for n in counts.values():
+        assert abs(n - 3000) < 4 * (9000 * 2 / 9) ** 0.5 + alike
+    assert Chain().demonstrations(50, 2, "mixed") == mixed[:50]
+    assert Chain().demonstrations(50, 3, "mixed") != mixed[:50]
+
+
+def test_mixed_styles_do_not_follow_the_problems():
+    """In problems of three terms and of four, letters are as frequent."""
+    found = Chain().demonstrations(8000, 0, "mixed")
+    for length in (6, 8):
+        same = [e["completion"].startswith("a") for e in found if len(e["prompt"]) == length]
+        assert abs(sum(same) / len(same) - 1 / 3) < 0.04
 
 
 def test_defaults_are_the_world_as_it_was():
@@ -119,7 +148,7 @@ def test_a_wrong_demonstration_has_one_wrong_step_and_a_wrong_answer(terms):
     assert where == set(range(terms[1] - 1)) and by == set(range(1, 10))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [*STYLES, "mixed"])
 def test_the_same_ones_are_wrong_in_every_style(style):
     """In the same way: the results that are written are those of the own style."""
     task = Chain()
@@ -152,12 +181,13 @@ def test_a_seed_decides_what_is_wrong():
 # -- demonstrations and held-out problems ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("style, share", [(style, share) for style in STYLES for share in (0, .6)])
+@pytest.mark.parametrize("style, share", [(style, share) for style in (*STYLES, "mixed")
+                                          for share in (0, .6)])
 def test_no_demonstration_of_any_style_solves_a_held_out_problem(style, share):
     """No prompt is a test or ood problem, nor does a right step of another one stand in the text:
     of three terms and more no step can be one, and with problems of two terms a step that follows a
     wrong one could. (Swapped with two terms is refused: 7+5=2 swapped solves 5+7.)"""
-    for terms in ((3, 4),) if style == "swapped" else ((3, 4), (2, 4)):
+    for terms in ((3, 4),) if style in ("swapped", "mixed") else ((3, 4), (2, 4)):
         task = Chain(*terms)
         held_out = {p["prompt"] for split in ("test", "ood") for p in task.problems(split, 500, 0)}
         for e in task.demonstrations(2000, 0, style, share):

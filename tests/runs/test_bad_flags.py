@@ -218,6 +218,7 @@ def test_numbers_out_of_range(refused, flags, expected):
     ("--algo dft --task facts --style totals", "--style and --wrong_share are for --task chain"),
     ("--algo sft --task facts --wrong_share 0.1", "--style and --wrong_share are for --task chain"),
     ("--algo sft --style swapped --min_terms 2", "may be held out: give --min_terms 3"),
+    ("--algo dft --style mixed --min_terms 2", "--style mixed solves other problems of two terms"),
     ("--task countdown --worked_share 0.1", "are for --task chain and facts"),
     ("--algo pretrain --task countdown --other_skills", "are for --task chain and facts"),
     ("--algo pretrain --task facts", "the base model of chain: give --task chain"),
