@@ -7,10 +7,12 @@ Claim      SFT memorises, RL generalises: on problems that training does not sho
 Source     2501.17161 (SFT memorises, RL generalises), 2509.04259 (RL's Razor).
 Here       Chain. Demonstrations that are right, 400 or 4,000, in the base model's own notation
            (`7+5=2;2*3=6`) or a foreign one: letters (`a7+5=2;a2*3=6`), swapped (`5+7=2;3*2=6`), or
-           each in one of the three (mixed). SFT, and DFT on 4,000. On the same prompts RFT with 20
-           rounds, online DPO and GRPO, 8 answers each: they keep their own notation. All make 150
-           updates of 32; mixed makes 450, so that it meets each style as often (in a pilot it had
-           reached .43 after 200). The base knows two skills more, reversing and facts.
+           each in one of the three (mixed). SFT on each, DFT on 4,000 in the own. On the same
+           prompts GRPO, RFT with 20 rounds and online DPO, 8 answers each: they keep their own
+           notation. All make 150 updates of 32; mixed makes 450, so that it meets each style as
+           often (in a pilot it had reached .43 after 200). The base knows two skills more,
+           reversing and facts. (DFT on letters, first an arm, was cut before its figures, to save
+           time: RESULTS.md has it in "A foreign style".)
            ood are problems with `>`, which the base knows and post-training never shows. The base
            works out three answers in ten there; who carries the habit over gains. KL is that of
            the policy to the base on held-out problems; forward KL, that of the paper, is the other
@@ -46,13 +48,13 @@ STYLES = ("own", "letters", "swapped")
 NUMBERS = {"few": 400, "many": 4000}
 OWN, FOREIGN = ":learning_rate=3e-4|1e-3", ":learning_rate=3e-3|6e-3"   # the range: by a pilot
 RATES = {"own": OWN, "letters": FOREIGN, "swapped": FOREIGN}
+RL = {algo.upper(): f"{word}:num_generations=8" + OWN
+      for algo, word in (("grpo", "grpo"), ("rft", "rft:rounds=20"), ("dpo", "dpo"))}
 ARMS = {**{f"SFT, {style}, {size}": f"sft:style={style}:num_demonstrations={n}" + RATES[style]
-           for style in STYLES for size, n in NUMBERS.items()},
+           for size, n in NUMBERS.items() for style in STYLES},
+        "GRPO": RL["GRPO"], "RFT": RL["RFT"],
         "SFT, mixed, x3": "sft:style=mixed:num_demonstrations=4000:max_steps=450" + FOREIGN,
-        **{f"DFT, {style}": f"dft:style={style}:num_demonstrations=4000" + RATES[style]
-           for style in ("own", "letters")},
-        **{algo.upper(): f"{word}:num_generations=8" + OWN
-           for algo, word in (("rft", "rft:rounds=20"), ("dpo", "dpo"), ("grpo", "grpo"))}}
+        "DPO": RL["DPO"], "DFT, own": "dft:style=own:num_demonstrations=4000" + OWN}
 FLAGS = ["--other_skills", "--max_steps", "150", "--eval_steps", "150"]
 QUICK_ARMS = {arm: word for arm, word in ARMS.items() if "x3" not in arm}
 QUICK_FLAGS = ["--max_steps", "4", "--eval_problems", "32"]
@@ -118,37 +120,39 @@ def draw(plt, figures):
     """Each arm on the task and out of distribution; what is kept, against the KL."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 5), width_ratios=[1.1, 1, 1])
     arms = [arm for arm in ARMS if arm in figures]
-    mean = {arm: {name: sum(figures[arm][name]) / len(figures[arm][name])
-                  for name in ("accuracy", "ood", "forward KL")} for arm in (*arms, "base")}
-    for name, color in (("accuracy", "C0"), ("ood", "C3")):
+
+    def mean(arm, *names):
+        return sum(sum(figures[arm][n]) / len(figures[arm][n]) for n in names) / len(names)
+    for name, label, color, marker in (("accuracy", "on the task", "C0", "s"),
+                                       ("ood", "out of distribution", "C3", "o")):
         for place, arm in enumerate(arms):
-            values, middle = figures[arm][name], mean[arm][name]
+            values, middle = figures[arm][name], mean(arm, name)
             axes[0].errorbar([middle], [-place], xerr=[[middle - min(values)],
                                                        [max(values) - middle]],
-                             color=color, fmt="s", markersize=5, capsize=3)
-        axes[0].axvline(mean["base"][name], color=color, linestyle=":",
-                        label={"accuracy": "on the task", "ood": "out of distribution"}[name])
+                             color=color, fmt=marker, markersize=5, capsize=3)
+        axes[0].axvline(mean("base", name), color=color, linestyle=":")
+        axes[0].plot([], [], marker, color=color, label=label)
     axes[0].set_yticks([-place for place in range(len(arms))], arms)
     axes[0].set_xlim(-0.03, 1.03)
     axes[0].set_xlabel("accuracy (dotted: base)")
-    axes[0].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.3, 1.17))
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", ncols=2)
     colors = {"SFT": "C0", "DFT": "C1", "RFT": "C2", "DPO": "C4", "GRPO": "C3"}
-    for axis, names in zip(axes[1:], (["ood"], ["reversing", "facts"])):
+    for axis, title, names in zip(axes[1:], ("out of distribution", "reversing and facts"),
+                                  (["ood"], ["reversing", "facts"])):
         for arm in arms:
             values = [sum(seed) / len(names) for seed in zip(*(figures[arm][n] for n in names))]
-            common.draw_point(axis, mean[arm]["forward KL"], values, colors[arm.split(",")[0]])
-        base = sum(sum(figures["base"][n]) / len(figures["base"][n]) for n in names) / len(names)
-        axis.axhline(base, color="black", linestyle=":")
+            common.draw_point(axis, mean(arm, "forward KL"), values, colors[arm.split(",")[0]])
+        axis.axhline(mean("base", *names), color="black", linestyle=":")
         axis.set_xscale("log")
         axis.set_xlabel("KL(base || policy), nats an answer")
         axis.set_ylim(-0.03, 1.03)
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-    axes[1].set_title("out of distribution")
-    axes[2].set_title("reversing and facts")
+    axes[1].set_ylabel("kept, mean and range (dotted: base)")
     for algo, color in colors.items():
         axes[2].plot([], [], "s", color=color, label=algo)
-    axes[2].legend(frameon=False, loc="upper right")
-    figure.tight_layout()
+    axes[2].legend(frameon=False, loc="center right")
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
 
