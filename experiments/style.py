@@ -7,12 +7,11 @@ Claim      SFT memorises, RL generalises: on problems that training does not sho
 Source     2501.17161 (SFT memorises, RL generalises), 2509.04259 (RL's Razor).
 Here       Chain. Demonstrations that are right, 400 or 4,000, in the base model's own notation
            (`7+5=2;2*3=6`) or a foreign one: letters (`a7+5=2;a2*3=6`), swapped (`5+7=2;3*2=6`), or
-           each in one of the three (mixed). SFT on each, DFT on 4,000 in the own. On the same
-           prompts GRPO, RFT with 20 rounds and online DPO, 8 answers each: they keep their own
-           notation. All make 150 updates of 32; mixed makes 450, so that it meets each style as
-           often (in a pilot it had reached .43 after 200). The base knows two skills more,
-           reversing and facts. (DFT on letters, first an arm, was cut before its figures, to save
-           time: RESULTS.md has it in "A foreign style".)
+           each in one of the three (mixed). SFT on each, and GRPO on the same prompts, 8 answers
+           each, which keeps its own notation. All make 150 updates of 32; mixed makes 450, so that
+           it meets each style as often (in a pilot it had reached .43 after 200). The base knows
+           two skills more, reversing and facts. (DFT, RFT and online DPO, first arms too, were cut
+           before their figures, to save time.)
            ood are problems with `>`, which the base knows and post-training never shows. The base
            works out three answers in ten there; who carries the habit over gains. KL is that of
            the policy to the base on held-out problems; forward KL, that of the paper, is the other
@@ -48,13 +47,10 @@ STYLES = ("own", "letters", "swapped")
 NUMBERS = {"few": 400, "many": 4000}
 OWN, FOREIGN = ":learning_rate=3e-4|1e-3", ":learning_rate=3e-3|6e-3"   # the range: by a pilot
 RATES = {"own": OWN, "letters": FOREIGN, "swapped": FOREIGN}
-RL = {algo.upper(): f"{word}:num_generations=8" + OWN
-      for algo, word in (("grpo", "grpo"), ("rft", "rft:rounds=20"), ("dpo", "dpo"))}
 ARMS = {**{f"SFT, {style}, {size}": f"sft:style={style}:num_demonstrations={n}" + RATES[style]
            for size, n in NUMBERS.items() for style in STYLES},
-        "GRPO": RL["GRPO"], "RFT": RL["RFT"],
-        "SFT, mixed, x3": "sft:style=mixed:num_demonstrations=4000:max_steps=450" + FOREIGN,
-        "DPO": RL["DPO"], "DFT, own": "dft:style=own:num_demonstrations=4000" + OWN}
+        "GRPO": "grpo:num_generations=8" + OWN,
+        "SFT, mixed, x3": "sft:style=mixed:num_demonstrations=4000:max_steps=450" + FOREIGN}
 FLAGS = ["--other_skills", "--max_steps", "150", "--eval_steps", "150"]
 QUICK_ARMS = {arm: word for arm, word in ARMS.items() if "x3" not in arm}
 QUICK_FLAGS = ["--max_steps", "4", "--eval_problems", "32"]
@@ -136,7 +132,7 @@ def draw(plt, figures):
     axes[0].set_xlim(-0.03, 1.03)
     axes[0].set_xlabel("accuracy (dotted: base)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", ncols=2)
-    colors = {"SFT": "C0", "DFT": "C1", "RFT": "C2", "DPO": "C4", "GRPO": "C3"}
+    colors = {"SFT": "C0", "GRPO": "C3"}
     for axis, title, names in zip(axes[1:], ("out of distribution", "reversing and facts"),
                                   (["ood"], ["reversing", "facts"])):
         for arm in arms:

@@ -25,7 +25,7 @@ def of_sharpen(**arms):
 
 @pytest.mark.parametrize("arms, expected", [
     ({}, common.HOLDS),
-    ({"RFT": (0.3, 0.5), "positive": (0.3, 0.5)}, common.HOLDS),   # no remedies
+    ({"RFT": (0.3, 0.5)}, common.HOLDS),                    # no remedy
     ({"negative": (0.5, 0.6)}, "holds with a condition: breadth is kept by MaxRL, KL, entropy "
                                "alone"),
     ({"MaxRL": (0.5, 0.89)}, "holds with a condition: breadth is kept by KL, entropy, negative "
