@@ -28,7 +28,7 @@ Rule       Effects are differences in pass@k, paired by seed. Each has a 95 % in
                                 margin at k = 64
            cannot be told       any other case
 
-Time       TIME minutes on one core (RUNS runs); the base models, which others share, 3 more.
+Time       15 minutes on one core (42 runs); the base models, which others share, 3 more.
 """
 
 import sys
