@@ -46,9 +46,11 @@ class RMConfig(Sampling):
         if self.num_generations < 2:
             raise InputError(f"--num_generations {self.num_generations}: a pair needs at least 2 "
                              "answers")
-        if self.seed not in (0, self.base_seed):
-            raise InputError(f"--seed {self.seed}: the seed of a reward model is --base_seed")
-        self.seed = self.base_seed   # it is shared by runs of any seed
+        # It is shared by runs of any seed, unless it has a folder of its own.
+        if self.seed not in (0, self.base_seed) and not self.out_dir:
+            raise InputError(f"--seed {self.seed}: the seed of a reward model is --base_seed; give "
+                             "--out_dir to one with a seed of its own")
+        self.seed = self.seed or self.base_seed
 
     def columns(self):
         """What a line of --data must have: preferences, or what the verifier needs to make some."""

@@ -114,8 +114,9 @@ def test_the_seed_of_what_is_shared():
         for words in ("--seed 4", "--seed=3 --base_seed 4"):
             with pytest.raises(InputError, match="is --base_seed"):
                 parse(f"--algo {algo} {words}")
-    config = parse("--algo sft --seed 4 --base_seed 3")
-    assert (config.seed, config.base_seed) == (4, 3)
+    for words in ("--algo sft --seed 4", "--algo rm --seed 4 --out_dir x"):   # each its own
+        config = parse(f"{words} --base_seed 3")
+        assert (config.seed, config.base_seed) == (4, 3)
 
 
 @pytest.mark.parametrize("words, fits", [
