@@ -293,7 +293,7 @@ def table(figures):
     of many, is for the picture and left out."""
     known = [title for title, _, _ in report.MEASURES]
     own = [n for arm in figures.values() for n in arm
-           if n not in (*known, "before", "seconds") and " at " not in n]
+           if n not in (*known, "before", "seconds") and not re.search(r" at \d", n)]
     names = [n for n in dict.fromkeys(("accuracy", "pass@16", "ood", "reversing", "facts", "chain",
                                        "KL", "length", *own, "updates", "sampled", "trained",
                                        "seconds"))
