@@ -74,7 +74,7 @@ def test_the_effects_have_their_sign():
         assert effects.pop(name)["mean"] == pytest.approx(mean), name
     assert set(effects) == {"CHORD-mu - SFT>GRPO", "CHORD-mu - SFT>GRPO, ood",
                             "HPT - SFT>GRPO, ood", "GRPO, share 0.0 - its base",
-                            "GRPO, share 0.02 - its base"}
+                            "GRPO, share 0.3 - its base"}
 
 
 def test_the_share_of_worked_answers(monkeypatch, tmp_path):
