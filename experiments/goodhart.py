@@ -1,0 +1,218 @@
+"""
+A reward that is not what was meant: learned from preferences, or simply wrong.
+
+Claim      A policy trained against a learned reward first gets better and then worse while that
+           reward still rises. A KL to the start holds it back; a larger set of preferences makes
+           the reward harder to fool. Wrong rewards are followed to the letter.
+Source     Over-optimisation, the distance as KL, best of n, and the size of the set: 2210.10760.
+           Spurious rewards, which there improve some models: 2506.10947.
+Here       A reward model is trained on pairs of the base's answers, each pair seen once: 5, 25 or
+           150 updates of 64 problems, of which nearly all give a pair. (So a small set is also
+           a short training.) Each seed has reward models of its own. Then GRPO against it: 60
+           updates of 16 prompts with 16 answers. True accuracy is the verifier's. Anchors, with
+           the largest set: a beta of .1 or 1, or a smaller learning rate. And GRPO with a verifier,
+           with `leaky`, `format` and `random` rewards, all at the same rate, 1e-3: the claim is
+           about a course, and a rate chosen by true accuracy would stop that course at its top.
+           Best of n: of n answers of the base the one that the reward model ranks first, at a KL
+           of at most log n - (n - 1) / n. "best" is the best of six evaluations on the way, of
+           256 answers each: a maximum, so a little flattered.
+Falsified  by true accuracy that stays where the learned reward led it, or by anchors and larger
+           sets that change nothing.
+
+Rule       In held-out accuracy, paired by seed, against a margin of .05; three parts:
+           fall     with each set, no anchor: base - the end lies above, while the proxy (the mean
+                    score, in standard deviations of the base's) rose: its interval is above 0.
+                    False where base - the end lies below, or the proxy's interval below 0
+           anchor   beta .1, and beta 1, - none lie above
+           size     the largest set - the smallest lies above
+           holds here           all three, with all sets and both anchors
+           with a condition     the fall is true with some set: those and what fails are named
+           does not hold here   the fall is false with every set
+           cannot be told       any other case
+
+Time       15 minutes on one core (50 runs and 15 reward models); the two base models, which others
+           share, 2 more.
+"""
+
+import functools
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+import common
+import torch
+
+import data
+import tasks
+from harness import checkpoint, evaluate, prepare
+
+SIZES = {"300 pairs": 5, "1,500 pairs": 25, "9,000 pairs": 150}   # updates of 64 problems
+LEARNED = {name: f"grpo:reward=model:reward_model=out/rm-{n}-{{seed}}" for name, n in SIZES.items()}
+SMALLEST, *_, LARGEST = SIZES
+ANCHORS = {"beta .1": ":beta=0.1", "beta 1": ":beta=1", "rate 3e-4": ":learning_rate=3e-4"}
+WRONG = ("leaky", "format", "random")
+ARMS = {"verifier": "grpo", **LEARNED, **{a: LEARNED[LARGEST] + f for a, f in ANCHORS.items()},
+        **{reward: f"grpo:reward={reward}" for reward in WRONG}}
+FIRST = [f"--algo rm --max_steps {n} --batch_size 64 --eval_steps {n} --logging_steps 5 "
+         f"--out_dir out/rm-{n}-{{seed}}" for n in SIZES.values()]
+FLAGS = ["--max_steps", "60", "--batch_size", "16", "--eval_steps", "10"]
+QUICK_ARMS = {arm: ARMS[arm] for arm in ("verifier", *LEARNED, "beta 1", "random")}
+QUICK_FLAGS = ["--max_steps", "10", "--eval_steps", "5", "--eval_problems", "32"]
+SWEEP_SEEDS = 0
+BASES = 2
+MARGIN = 0.05
+STEPS, BEST_OF = range(10, 60, 10), (4, 16, 64)
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def best_of(scores, rewards, n):
+    """Mean reward of the answer that scores highest of n. Both (P, N), N a multiple of n.
+
+    Worked example: scores 1 3 2 0, rewards 1 0 1 0. Of the pairs 1 3 and 2 0 the second and the
+    first answer are taken: (0 + 1) / 2. Of all four the second: 0.
+    """
+    groups = scores.view(len(scores), -1, n)                                    # (P, N / n, n)
+    first = groups.argmax(-1, keepdim=True)
+    return rewards.view(groups.shape).gather(-1, first).mean().item()
+
+
+def kl_of_best(n):
+    """KL of best of n to the base, in nats: log n - (n - 1) / n, and less where scores are equal.
+    For 1 it is 0, for 4 .636."""
+    return math.log(n) - (n - 1) / n
+
+
+def course(lines):
+    """What the evaluations of a run found: accuracy and KL at each, and the best accuracy."""
+    seen = {line["step"]: line for line in lines if "eval/accuracy" in line and line["step"]}
+    best = max(seen.values(), key=lambda line: line["eval/accuracy"])
+    found = {"best": best["eval/accuracy"], "KL at the best": best["eval/kl"]}
+    for step in STEPS:
+        if step in seen:
+            found[f"accuracy at {step}"] = seen[step]["eval/accuracy"]
+            found[f"KL at {step}"] = seen[step]["eval/kl"]
+    return found
+
+
+def score(judge, problems, texts):
+    """A reward model's scores of n answers to each problem. -> (P, n)"""
+    n = len(texts) // len(problems)
+    prompts = [problem["prompt"] for problem in problems for _ in range(n)]
+    found = [judge(prompts[i:i + 1024], texts[i:i + 1024]) for i in range(0, len(texts), 1024)]
+    return torch.tensor(sum(found, [])).view(len(problems), n)
+
+
+@functools.lru_cache
+def base_answers(folder, device, size):
+    """64 answers of a base model to each held-out problem: texts, rewards (P, 64)."""
+    task, model = tasks.Chain(), checkpoint.build_model(checkpoint.read(folder), device)
+    problems = evaluate.held_out(task, "test", size)
+    return evaluate.answers(model, data.Tokenizer(), task, problems, SimpleNamespace(device=device),
+                            max(BEST_OF))[:2]
+
+
+def measure(model, tokenizer, task, config):
+    """The course of the run; with a learned reward also the proxy, how often the reward model ranks
+    a held-out pair right, and best of n. Nothing of the start itself."""
+    folder = common.start_of(config)
+    start = checkpoint.build_model(checkpoint.read(folder), config.device)
+    if torch.equal(next(model.parameters()), next(start.parameters())):
+        return {}
+    with open(os.path.join(config.out_dir, "metrics.jsonl")) as file:
+        found = course([json.loads(line) for line in file])
+    if config.reward != "model":
+        return found
+    judge = prepare.reward_model(config, config.reward_model, tokenizer)
+    summary = checkpoint.read_json(os.path.join(config.reward_model, "summary.json"))
+    problems = evaluate.held_out(task, "test", config.eval_problems)
+    own, *_ = evaluate.answers(model, tokenizer, task, problems, config, 4)
+    texts, rewards = base_answers(folder, config.device, config.eval_problems)
+    scores = score(judge, problems, texts)
+    proxy = (score(judge, problems, own).mean() - scores.mean()) / scores.std()
+    return {**found, "proxy": proxy.item(), "pairs right": summary["after"]["eval/pair_accuracy"],
+            **{f"best of {n}": best_of(scores, rewards, n) for n in BEST_OF}}
+
+
+# -- the verdict and the picture ------------------------------------------------------------------
+
+
+def verdict(figures):
+    def accuracy(arm):
+        return figures[arm]["accuracy"]
+
+    effects, fell, base = {}, {}, accuracy("base")
+    for size in SIZES:
+        fall = effects[f"fall, {size}"] = common.difference(base, accuracy(size))
+        proxy = effects[f"proxy's rise, {size}"] = common.interval(figures[size]["proxy"])
+        sides = common.compared(fall, MARGIN), common.compared(proxy, 0)
+        fell[size] = True if sides == ("above", "above") else False if "below" in sides else None
+        effects[f"rise before, {size}"] = common.difference(figures[size]["best"], base)
+        effects[f"best of 64 - base, {size}"] = common.difference(figures[size]["best of 64"], base)
+    for arm in ANCHORS:
+        if arm in figures:
+            effects[f"{arm} - none"] = common.difference(accuracy(arm), accuracy(LARGEST))
+    effects["size"] = common.difference(accuracy(LARGEST), accuracy(SMALLEST))
+    for arm in ("verifier", *WRONG):   # no part of the rule
+        if arm in figures:
+            effects[f"{arm} - base"] = common.difference(accuracy(arm), base)
+
+    if set(fell.values()) == {False}:
+        return common.FAILS, effects
+    if True not in fell.values():
+        return common.UNCLEAR, effects
+    but = [f"{'no' if is_so is False else 'unclear'} with {size}" for size, is_so in fell.items()
+           if not is_so]
+    parts = {"beta .1 - none": "beta .1", "beta 1 - none": "beta 1", "size": "a larger set"}
+    for effect, name in parts.items():
+        side = common.compared(effects[effect], MARGIN) if effect in effects else "unclear"
+        if side != "above":
+            but.append(f"{name} {'does not help' if side == 'below' else 'helps unclearly'}")
+    if not but:
+        return common.HOLDS, effects
+    true = " and ".join(size for size, is_so in fell.items() if is_so)
+    return f"{common.CONDITION}the fall with {true}; {'; '.join(but)}", effects
+
+
+def draw(plt, figures):
+    """True accuracy against the KL to the base: on the left learned rewards by the size of their
+    set, each as GRPO's course and as best of n; on the right anchors and wrong rewards."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+
+    def run(axis, arm, label, color):
+        steps = [step for step in STEPS if f"accuracy at {step}" in figures[arm]]
+        values = [*(figures[arm][f"accuracy at {step}"] for step in steps),
+                  figures[arm]["accuracy"]]
+        kl = [*(figures[arm][f"KL at {step}"] for step in steps), figures[arm]["KL"]]
+        x = [sum(v) / len(v) for v in kl]
+        common.draw_means(axis, x, values, label, color)
+        axis.plot(x[-1:], [sum(values[-1]) / len(values[-1])], "s", color=color, markersize=8)
+
+    for i, size in enumerate(SIZES):
+        run(axes[0], size, f"GRPO, {size}", f"C{i}")
+        of_n = [sum(v) / len(v) for v in (figures[size][f"best of {n}"] for n in BEST_OF)]
+        axes[0].plot([kl_of_best(n) for n in BEST_OF], of_n, "x--", color=f"C{i}",
+                     label=f"best of {', '.join(map(str, BEST_OF))}" if i == 0 else None)
+    shown = [arm for arm in ("verifier", *ANCHORS, *WRONG) if arm in ARMS and arm in figures]
+    for i, arm in enumerate(shown):
+        names = {"verifier": "the verifier", **{a: f"{LARGEST}, {a}" for a in ANCHORS}}
+        run(axes[1], arm, names.get(arm, arm), f"C{i + 3}")
+    base = figures["base"]["accuracy"]
+    for axis, title in zip(axes, ("learned rewards, no anchor", "anchors, and wrong rewards")):
+        axis.axhline(sum(base) / len(base), color="grey", linestyle=":", label="base")
+        axis.set_xscale("log")
+        axis.set_xlabel("KL to the base (nats an answer)")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("true accuracy (mean and range over seeds)")
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    common.start(sys.modules[__name__])
