@@ -6,16 +6,15 @@ Claim      A policy trained against a learned reward first gets better and then 
            the reward harder to fool. Wrong rewards are followed to the letter.
 Source     Over-optimisation, the distance as KL, best of n, and the size of the set: 2210.10760.
            Spurious rewards, which there improve some models: 2506.10947.
-Here       A reward model is trained on pairs of the base's answers, each pair seen once: 5, 25 or
-           150 updates of 64 problems, of which nearly all give a pair. (So a small set is also
-           a short training.) Each seed has reward models of its own. Then GRPO against it: 60
-           updates of 16 prompts with 16 answers. True accuracy is the verifier's. Anchors, with
-           the largest set: a beta of .1 or 1, or a smaller learning rate. And GRPO with a verifier,
-           with `leaky`, `format` and `random` rewards, all at the same rate, 1e-3: the claim is
-           about a course, and a rate chosen by true accuracy would stop that course at its top.
-           Best of n: of n answers of the base the one that the reward model ranks first, at a KL
-           of at most log n - (n - 1) / n. "best" is the best of six evaluations on the way, of
-           256 answers each: a maximum, so a little flattered.
+Here       A reward model learns from pairs of the base's answers, each seen once: 5, 25 or 150
+           updates of 64 problems, nearly all of which give a pair. (A small set is thus also a
+           short training.) Each seed has its own. GRPO against it makes 60 updates of 16 prompts
+           with 16 answers; accuracy is the verifier's. With the largest set there are anchors: a
+           beta of .1 or 1, or a smaller learning rate. Beside them GRPO with a verifier, `leaky`,
+           `format` and `random` rewards. No rate is swept, all are 1e-3: the claim is about a
+           course, and a rate chosen by true accuracy would stop it at its top. Best of n: the
+           answer of n that the reward model ranks first, at a KL of log n - (n - 1) / n or less.
+           "best" is the best of a run's six evaluations, so a little flattered.
 Falsified  by true accuracy that stays where the learned reward led it, or by anchors and larger
            sets that change nothing.
 
