@@ -72,7 +72,8 @@ def test_without_some_arms():
 def test_the_effects_have_their_sign():
     _, effects = goodhart.verdict(figures())
     for name, mean in {f"fall, {SMALL}": 0.38, f"fall, {LARGE}": 0.23,
-                       f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0, f"best of 64 - base, {SMALL}": 0.22,
+                       f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0,
+                       f"best of 64 - base, {SMALL}": 0.22,
                        "beta .1 - none": 0.25, "beta 1 - none": 0.4, "rate 3e-4 - none": 0.15,
                        "size": 0.15, "verifier - base": 0.5, "format - base": -0.48}.items():
         assert effects[name]["mean"] == pytest.approx(mean), name
