@@ -21,8 +21,7 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     names = {"small": SMALL, "middle": MIDDLE, "large": LARGE, "weak": "beta .1",
              "strong": "beta 1"}
     means = {"base": 0.48, "verifier": 0.98, "small": 0.1, "middle": 0.15, "large": 0.25,
-             "weak": 0.5, "strong": 0.65, "rate 3e-4": 0.4, "leaky": 0.3, "format": 0.0,
-             "random": 0.2, **accuracy}
+             "weak": 0.5, "strong": 0.65, "leaky": 0.3, "format": 0.0, "random": 0.2, **accuracy}
     proxies = proxy if isinstance(proxy, tuple) else (proxy,) * 3
     found = {}
     for arm, mean in means.items():
@@ -74,7 +73,7 @@ def test_the_effects_have_their_sign():
     for name, mean in {f"fall, {SMALL}": 0.38, f"fall, {LARGE}": 0.23,
                        f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0,
                        f"best of 64 - base, {SMALL}": 0.22,
-                       "beta .1 - none": 0.25, "beta 1 - none": 0.4, "rate 3e-4 - none": 0.15,
+                       "beta .1 - none": 0.25, "beta 1 - none": 0.4,
                        "size": 0.15, "verifier - base": 0.5, "format - base": -0.48}.items():
         assert effects[name]["mean"] == pytest.approx(mean), name
 
