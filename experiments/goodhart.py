@@ -179,35 +179,36 @@ def verdict(figures):
 def draw(plt, figures):
     """True accuracy against the KL to the base: on the left learned rewards by the size of their
     set, each as GRPO's course and as best of n; on the right anchors and wrong rewards."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
+    base = figures["base"]["accuracy"]
 
     def run(axis, arm, label, color):
-        steps = [step for step in STEPS if f"accuracy at {step}" in figures[arm]]
-        values = [*(figures[arm][f"accuracy at {step}"] for step in steps),
-                  figures[arm]["accuracy"]]
-        kl = [*(figures[arm][f"KL at {step}"] for step in steps), figures[arm]["KL"]]
+        own = figures[arm]
+        steps = [step for step in STEPS if f"accuracy at {step}" in own]
+        kl = [[0.0], *(own[f"KL at {step}"] for step in steps), own["KL"]]
         x = [sum(v) / len(v) for v in kl]
+        values = [base, *(own[f"accuracy at {step}"] for step in steps), own["accuracy"]]
         common.draw_means(axis, x, values, label, color)
         axis.plot(x[-1:], [sum(values[-1]) / len(values[-1])], "s", color=color, markersize=8)
 
     for i, size in enumerate(SIZES):
         run(axes[0], size, f"GRPO, {size}", f"C{i}")
-        of_n = [sum(v) / len(v) for v in (figures[size][f"best of {n}"] for n in BEST_OF)]
-        axes[0].plot([kl_of_best(n) for n in BEST_OF], of_n, "x--", color=f"C{i}",
-                     label=f"best of {', '.join(map(str, BEST_OF))}" if i == 0 else None)
-    shown = [arm for arm in ("verifier", *ANCHORS, *WRONG) if arm in ARMS and arm in figures]
+        of_n = [base, *(figures[size][f"best of {n}"] for n in BEST_OF)]
+        axes[0].plot([kl_of_best(n) for n in (1, *BEST_OF)], [sum(v) / len(v) for v in of_n], "x--",
+                     color=f"C{i}")
+    axes[0].plot([], [], "x--", color="grey", label="best of 4, 16, 64")
+    names = {"verifier": "verifier", **{a: f"{LARGEST}, {a}" for a in ANCHORS}}
+    shown = [arm for arm in ("verifier", *ANCHORS, *WRONG) if arm in figures]
     for i, arm in enumerate(shown):
-        names = {"verifier": "the verifier", **{a: f"{LARGEST}, {a}" for a in ANCHORS}}
-        run(axes[1], arm, names.get(arm, arm), f"C{i + 3}")
-    base = figures["base"]["accuracy"]
+        run(axes[1], arm, names.get(arm, f"{arm} reward"), f"C{i + 3}")
     for axis, title in zip(axes, ("learned rewards, no anchor", "anchors, and wrong rewards")):
-        axis.axhline(sum(base) / len(base), color="grey", linestyle=":", label="base")
-        axis.set_xscale("log")
-        axis.set_xlabel("KL to the base (nats an answer)")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(-0.05, 200)
+        axis.set_xlabel("KL to the base, nats an answer (a square: the end)")
         axis.set_title(title, fontsize=10)
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper right")
     axes[0].set_ylabel("true accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure
