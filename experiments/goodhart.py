@@ -1,19 +1,19 @@
 """
-A reward that is not what was meant: learned from preferences, or simply wrong.
+A reward that is not what was meant, because it was learned from preferences.
 
 Claim      A policy trained against a learned reward first gets better and then worse while that
            reward still rises. A KL to the start holds it back; a larger set of preferences makes
-           the reward harder to fool. Wrong rewards are followed to the letter.
+           the reward harder to fool.
 Source     Over-optimisation, the distance as KL, best of n, and the size of the set: 2210.10760.
-           Spurious rewards, which there improve some models: 2506.10947.
+           (Rewards that are simply wrong, 2506.10947, stand in RESULTS.md.)
 Here       A reward model learns from pairs of the base's answers, each seen once: 5, 25 or 150
            updates of 64 problems, nearly all of which give a pair. (A small set is thus also a
            short training.) Each seed has its own. GRPO against it makes 60 updates of 16 prompts
            with 16 answers; accuracy is the verifier's. With the largest set there are anchors, a
-           beta of .1 or 1. Beside them GRPO with a verifier, `leaky`, `format` and `random`
-           rewards. No rate is swept, all are 1e-3: the claim is about a
-           course, and a rate chosen by true accuracy would stop it at its top. Best of n: the
-           answer of n that the reward model ranks first, at a KL of log n - (n - 1) / n or less.
+           beta of .1 or 1. Beside them GRPO with the verifier itself. No rate is swept, all are
+           1e-3: the claim is about a course, and a rate chosen by true accuracy would stop it at
+           its top. Best of n: the answer of n that the reward model ranks first, at a KL of
+           log n - (n - 1) / n or less.
            "best" is the best of a run's six evaluations, so a little flattered.
 Falsified  by true accuracy that stays where the learned reward led it, or by anchors and larger
            sets that change nothing.
@@ -29,7 +29,7 @@ Rule       In held-out accuracy, paired by seed, against a margin of .05; three 
            does not hold here   the fall is false with every set
            cannot be told       any other case
 
-Time       15 minutes on one core (45 runs and 15 reward models); the two base models, which others
+Time       12 minutes on one core (30 runs and 15 reward models); the two base models, which others
            share, 2 more.
 """
 
@@ -51,13 +51,11 @@ SIZES = {"300 pairs": 5, "1,500 pairs": 25, "9,000 pairs": 150}   # updates of 6
 LEARNED = {name: f"grpo:reward=model:reward_model=out/rm-{n}-{{seed}}" for name, n in SIZES.items()}
 SMALLEST, *_, LARGEST = SIZES
 ANCHORS = {"beta .1": ":beta=0.1", "beta 1": ":beta=1"}
-WRONG = ("leaky", "format", "random")
-ARMS = {"verifier": "grpo", **LEARNED, **{a: LEARNED[LARGEST] + f for a, f in ANCHORS.items()},
-        **{reward: f"grpo:reward={reward}" for reward in WRONG}}
+ARMS = {"verifier": "grpo", **LEARNED, **{a: LEARNED[LARGEST] + f for a, f in ANCHORS.items()}}
 FIRST = [f"--algo rm --max_steps {n} --batch_size 64 --eval_steps {n} --logging_steps 5 "
          f"--out_dir out/rm-{n}-{{seed}}" for n in SIZES.values()]
 FLAGS = ["--max_steps", "60", "--batch_size", "16", "--eval_steps", "10"]
-QUICK_ARMS = {arm: ARMS[arm] for arm in ("verifier", *LEARNED, "beta 1", "random")}
+QUICK_ARMS = {arm: ARMS[arm] for arm in ("verifier", *LEARNED, "beta 1")}
 QUICK_FLAGS = ["--max_steps", "10", "--eval_steps", "5", "--eval_problems", "32"]
 SWEEP_SEEDS = 0
 BASES = 2
@@ -106,7 +104,7 @@ def score(judge, problems, texts):
 
 
 @functools.lru_cache
-def base_answers(folder, device, size):
+def of_base(folder, device, size):
     """64 answers of a base model to each held-out problem: texts, rewards (P, 64)."""
     task, model = tasks.Chain(), checkpoint.build_model(checkpoint.read(folder), device)
     problems = evaluate.held_out(task, "test", size)
@@ -114,23 +112,28 @@ def base_answers(folder, device, size):
                             max(BEST_OF))[:2]
 
 
+kept = {}   # a reward model's folder -> its scores of those answers, which several arms need
+
+
 def measure(model, tokenizer, task, config):
     """The course of the run; with a learned reward also the proxy, how often the reward model ranks
     a held-out pair right, and best of n. Nothing of the start itself."""
-    folder = common.start_of(config)
+    folder, judged_by = common.start_of(config), config.reward_model
     start = checkpoint.build_model(checkpoint.read(folder), config.device)
     if torch.equal(next(model.parameters()), next(start.parameters())):
         return {}
     with open(os.path.join(config.out_dir, "metrics.jsonl")) as file:
         found = course([json.loads(line) for line in file])
-    if config.reward != "model":
+    if not judged_by:
         return found
-    judge = prepare.reward_model(config, config.reward_model, tokenizer)
-    summary = checkpoint.read_json(os.path.join(config.reward_model, "summary.json"))
+    judge = prepare.reward_model(config, judged_by, tokenizer)
+    summary = checkpoint.read_json(os.path.join(judged_by, "summary.json"))
     problems = evaluate.held_out(task, "test", config.eval_problems)
     own, *_ = evaluate.answers(model, tokenizer, task, problems, config, 4)
-    texts, rewards = base_answers(folder, config.device, config.eval_problems)
-    scores = score(judge, problems, texts)
+    texts, rewards = of_base(folder, config.device, config.eval_problems)
+    if judged_by not in kept:
+        kept[judged_by] = score(judge, problems, texts)
+    scores = kept[judged_by]                                                    # (P, 64)
     proxy = (score(judge, problems, own).mean() - scores.mean()) / scores.std()
     return {**found, "proxy": proxy.item(), "pairs right": summary["after"]["eval/pair_accuracy"],
             **{f"best of {n}": best_of(scores, rewards, n) for n in BEST_OF}}
@@ -155,9 +158,7 @@ def verdict(figures):
         if arm in figures:
             effects[f"{arm} - none"] = common.difference(accuracy(arm), accuracy(LARGEST))
     effects["size"] = common.difference(accuracy(LARGEST), accuracy(SMALLEST))
-    for arm in ("verifier", *WRONG):   # no part of the rule
-        if arm in figures:
-            effects[f"{arm} - base"] = common.difference(accuracy(arm), base)
+    effects["verifier - base"] = common.difference(accuracy("verifier"), base)   # for the reader
 
     if set(fell.values()) == {False}:
         return common.FAILS, effects
@@ -178,7 +179,7 @@ def verdict(figures):
 
 def draw(plt, figures):
     """True accuracy against the KL to the base: on the left learned rewards by the size of their
-    set, each as GRPO's course and as best of n; on the right anchors and wrong rewards."""
+    set, each as GRPO's course and as best of n; on the right the anchors."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
     base = figures["base"]["accuracy"]
 
@@ -197,11 +198,11 @@ def draw(plt, figures):
         axes[0].plot([kl_of_best(n) for n in (1, *BEST_OF)], [sum(v) / len(v) for v in of_n], "x--",
                      color=f"C{i}")
     axes[0].plot([], [], "x--", color="grey", label="best of 4, 16, 64")
-    names = {"verifier": "verifier", **{a: f"{LARGEST}, {a}" for a in ANCHORS}}
-    shown = [arm for arm in ("verifier", *ANCHORS, *WRONG) if arm in figures]
-    for i, arm in enumerate(shown):
-        run(axes[1], arm, names.get(arm, f"{arm} reward"), f"C{i + 3}")
-    for axis, title in zip(axes, ("learned rewards, no anchor", "anchors, and wrong rewards")):
+    run(axes[1], LARGEST, f"{LARGEST}, no anchor", f"C{len(SIZES) - 1}")
+    for i, arm in enumerate(arm for arm in (*ANCHORS, "verifier") if arm in figures):
+        label = arm if arm == "verifier" else f"{LARGEST}, {arm}"
+        run(axes[1], arm, label, f"C{len(SIZES) + i}")
+    for axis, title in zip(axes, ("learned rewards, no anchor", "with an anchor")):
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(-0.05, 200)
         axis.set_xlabel("KL to the base, nats an answer (a square: the end)")

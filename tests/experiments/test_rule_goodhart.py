@@ -21,7 +21,7 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     names = {"small": SMALL, "middle": MIDDLE, "large": LARGE, "weak": "beta .1",
              "strong": "beta 1"}
     means = {"base": 0.48, "verifier": 0.98, "small": 0.1, "middle": 0.15, "large": 0.25,
-             "weak": 0.5, "strong": 0.65, "leaky": 0.3, "format": 0.0, "random": 0.2, **accuracy}
+             "weak": 0.5, "strong": 0.65, **accuracy}
     proxies = proxy if isinstance(proxy, tuple) else (proxy,) * 3
     found = {}
     for arm, mean in means.items():
@@ -52,7 +52,7 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     ({"small": 0.6, "middle": 0.7, "large": scattered(0.4)}, common.UNCLEAR),
     ({"small": scattered(0.3), "middle": scattered(0.3), "large": scattered(0.3)},
      common.UNCLEAR),
-    ({"verifier": 0.1, "random": 0.9, "leaky": 0.9}, common.HOLDS)])   # no part of the rule
+    ({"verifier": 0.1}, common.HOLDS)])   # no part of the rule
 def test_the_rule(accuracy, expected):
     assert goodhart.verdict(figures(**accuracy))[0] == expected
 
@@ -65,7 +65,7 @@ def test_without_some_arms():
     """--quick leaves out a beta: what it would do is unclear."""
     found = {arm: f for arm, f in figures().items() if arm in ("base", *goodhart.QUICK_ARMS)}
     verdict, effects = goodhart.verdict(found)
-    assert verdict.endswith("; beta .1 helps unclearly") and "leaky - base" not in effects
+    assert verdict.endswith("; beta .1 helps unclearly") and "beta .1 - none" not in effects
 
 
 def test_the_effects_have_their_sign():
@@ -74,7 +74,7 @@ def test_the_effects_have_their_sign():
                        f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0,
                        f"best of 64 - base, {SMALL}": 0.22,
                        "beta .1 - none": 0.25, "beta 1 - none": 0.4,
-                       "size": 0.15, "verifier - base": 0.5, "format - base": -0.48}.items():
+                       "size": 0.15, "verifier - base": 0.5}.items():
         assert effects[name]["mean"] == pytest.approx(mean), name
 
 
