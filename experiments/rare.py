@@ -99,32 +99,29 @@ def verdict(figures):
 
 
 def draw(plt, figures):
-    """Left: accuracy and ood of every way to use demonstrations and RL. Right: the accuracy against
-    the tokens that were sampled for it."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, width_ratios=[1.3, 1])
+    """Every way to use demonstrations and RL. Left: accuracy and ood over all seeds. Right: the
+    accuracy by base model."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     names = {"base": "base", "SFT": "SFT", "GRPO": "GRPO", LONGER: "GRPO,\nas many\ntokens",
              "GRPO>SFT": "GRPO,\nthen\nSFT", "SFT>GRPO": "SFT,\nthen\nGRPO",
              "plain sum": "both\nin one\nloss"}
     arms = [arm for arm in names if arm in figures]
-    for measure, color, label, shift in (("accuracy", "C0", "held out", -0.08),
-                                         ("ood", "C1", "out of distribution", 0.08)):
-        for x, arm in enumerate(arms):
-            common.draw_point(axes[0], x + shift, figures[arm][measure], color)
-        axes[0].plot([], [], "s", color=color, label=label)
-    axes[0].set_xticks(range(len(arms)), [names[arm] for arm in arms], fontsize=8)
-    axes[0].set_ylabel("accuracy (mean and range over seeds)")
-    axes[0].set_title("64 demonstrations, a habit in one text of 200", fontsize=10)
-    for i, arm in enumerate(arm for arm in arms if arm not in ("base", "SFT")):
-        tokens = figures[arm]["sampled"]
-        common.draw_point(axes[1], sum(tokens) / len(tokens), figures[arm]["accuracy"], f"C{i + 2}")
-        axes[1].plot([], [], "s", color=f"C{i + 2}", label=names[arm].replace("\n", " "))
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel("sampled tokens")
-    axes[1].set_title("held out, and what it cost", fontsize=10)
-    for axis in axes:
+    panels = [[("held out", "accuracy", slice(None)), ("out of distribution", "ood", slice(None))],
+              [(f"held out, base {base}", "accuracy", slice(base, None, BASES))
+               for base in range(BASES)]]
+    for i, (axis, panel) in enumerate(zip(axes, panels)):
+        for j, (label, measure, seeds) in enumerate(panel):
+            color = f"C{2 * i + j}"
+            for x, arm in enumerate(arms):   # one seed has one base
+                values = figures[arm][measure][seeds]
+                if values:
+                    common.draw_point(axis, x + 0.16 * j - 0.08, values, color)
+            axis.plot([], [], "s", color=color, label=label)
+        axis.set_xticks(range(len(arms)), [names[arm] for arm in arms], fontsize=8)
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, loc="upper left", fontsize=8)
+    axes[0].set_ylabel("accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure
 
