@@ -34,7 +34,7 @@ Rule       In held-out accuracy, paired by seed, each interval compared with its
            cannot be told       any other case
            The hybrid and the order are effects, no part of the rule.
 
-Time       15 minutes on one core (52 runs); the two base models, which others share, 2 more.
+Time       15 minutes on one core (45 runs); the two base models, which others share, 2 more.
 """
 
 import os

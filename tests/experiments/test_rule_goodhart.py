@@ -69,6 +69,7 @@ def test_without_some_arms():
 
 
 def test_the_effects_have_their_sign():
+    """By hand from the figures above: a fall and the proxy's rise are positive."""
     _, effects = goodhart.verdict(figures())
     for name, mean in {f"fall, {SMALL}": 0.38, f"fall, {LARGE}": 0.23,
                        f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0,

@@ -66,6 +66,7 @@ def test_an_arm_of_the_second_rate_is_compared_with_its_own():
 
 
 def test_the_effects_of_length_have_their_sign():
+    """By hand: 15 tokens with grpo are 3 more than with dr_grpo, 1 less than with dapo."""
     figures = of_length(base=9, grpo=15, dr_grpo=12, dapo=16)
     figures["grpo"]["right"] = around(7)
     _, effects = length.verdict(figures)

@@ -64,6 +64,7 @@ def test_without_the_long_run_nothing_is_concluded():
 
 
 def test_the_effects_have_their_sign():
+    """By hand from the figures above: what comes first is meant to be larger."""
     _, effects = rare.verdict(figures())
     for name, mean in {"GRPO - base": 0.05, "SFT>GRPO - GRPO": 0.49, "SFT>GRPO - SFT": 0.53,
                        "SFT>GRPO - GRPO, as many tokens": 0.48, "plain sum - SFT>GRPO": -0.02,
