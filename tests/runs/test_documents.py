@@ -49,9 +49,10 @@ def parse(words):
 
 
 def test_the_guide_is_there():
-    """The survey's sections 2, 3.1, 3.2, 4.1, 4.3, 4.4 and 6 each have at least one line."""
+    """The survey's sections 2, 3.1, 3.2, 4.1 to 4.4, 6 and 7 each have at least one line."""
     sections = {line.split("|")[1].split(",")[0].strip() for line in GUIDE}
-    assert {"2", "3.1", "3.2", "4.1", "4.3", "4.4", "6"} <= sections and len(GUIDE) >= 27
+    assert {"2", "3.1", "3.2", "4.1", "4.2", "4.3", "4.4", "6", "7"} <= sections
+    assert len(GUIDE) >= 50
 
 
 @pytest.mark.parametrize("line", GUIDE, ids=[line.split("`")[7] for line in GUIDE])
@@ -233,13 +234,26 @@ def test_a_row_says_what_the_experiment_found(name):
     assert named and set(named) <= effects
 
 
+def test_the_advice_says_what_the_experiments_found():
+    """When to use what: each row's effects are those of its script."""
+    section = DOCUMENTS["RESULTS.md"].split("## When to use what")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")]
+            for line in section.splitlines() if line.endswith(".py` |")]
+    for *_, seen, script in rows:
+        effects = effects_of(EXPERIMENTS[script.strip("`").removesuffix(".py")])
+        assert set(seen.split("; ")) <= {f"{what}: {common.shown(effect)}"
+                                         for what, effect in effects.items()}
+    assert len(rows) >= 6
+
+
 def figures_in(found):
     """All that a sentence on an experiment may quote: effects and their intervals, means over
     seeds, halves of ranges."""
     numbers = [effect[end] for effect in effects_of(found).values()
                for end in ("mean", "low", "high")]
     arms = [arm["figures"] for arm in found.get("arms", {}).values()]
-    for values in (v for figures in (found.get("base", {}), *arms) for v in figures.values()):
+    arms += [found.get("base", {}), *found.get("extra", {}).values()]
+    for values in (values for figures in arms for values in figures.values()):
         numbers += [sum(values) / len(values), (max(values) - min(values)) / 2]
     return {f"{abs(number):.3f}" for number in numbers}
 
@@ -248,9 +262,19 @@ def figures_in(found):
 def test_what_is_said_of_an_experiment(name):
     """Under the heading of its script: every figure like .718 is one of its results file."""
     [said] = re.findall(rf"^### `{name}\.py`(.*?)(?=^### |\Z)", CLAIMS, re.M | re.S)
-    quoted = re.findall(r"(?<![\w.])\d?\.\d{3}\b", said)
+    quoted = re.findall(r"(?<![\w.])\d*\.\d{3}\b", said)
     known = figures_in(EXPERIMENTS[name])
     assert quoted and [f for f in quoted if f"{float(f):.3f}" not in known] == []
+
+
+def test_the_first_picture_of_the_readme():
+    """What is said of it: the accuracy of RL, of demonstrations, and of both in either order."""
+    said = DOCUMENTS["README.md"].split("rare.png)")[1].split("\n## ")[0]
+    arms = EXPERIMENTS["rare"]["arms"]
+    accuracies = {arm: arms[arm]["figures"]["accuracy"] for arm in arms}
+    means = {arm: f"{sum(values) / len(values):.3f}" for arm, values in accuracies.items()}
+    assert [f"0{f}" for f in re.findall(r"\.\d{3}\b", said)] == [
+        means[arm] for arm in ("GRPO", "SFT", "SFT>GRPO", "GRPO>SFT")]
 
 
 def test_sizes():
