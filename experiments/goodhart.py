@@ -1,19 +1,19 @@
 """
-A reward that is not what was meant, because it was learned from preferences.
+A reward that is not what was meant: learned from preferences, or simply wrong.
 
 Claim      A policy trained against a learned reward first gets better and then worse while that
            reward still rises. A KL to the start holds it back; a larger set of preferences makes
-           the reward harder to fool.
+           the reward harder to fool. Wrong rewards are followed to the letter.
 Source     Over-optimisation, the distance as KL, best of n, and the size of the set: 2210.10760.
-           (Rewards that are simply wrong, 2506.10947, stand in RESULTS.md.)
+           Spurious rewards, which there improve some models: 2506.10947.
 Here       A reward model learns from pairs of the base's answers, each seen once: 5, 25 or 150
            updates of 64 problems, nearly all of which give a pair. (A small set is thus also a
            short training.) Each seed has its own. GRPO against it makes 60 updates of 16 prompts
            with 16 answers; accuracy is the verifier's. With the largest set there are anchors, a
-           beta of .1 or 1. Beside them GRPO with the verifier itself. No rate is swept, all are
-           1e-3: the claim is about a course, and a rate chosen by true accuracy would stop it at
-           its top. Best of n: the answer of n that the reward model ranks first, at a KL of
-           log n - (n - 1) / n or less.
+           beta of .1 or 1. Beside them GRPO with the verifier itself, and with rewards that
+           are wrong: leaky, format and random. No rate is swept, all are 1e-3: the claim is about
+           a course, and a rate chosen by true accuracy would stop it at its top. Best of n: the
+           answer of n that the reward model ranks first, at a KL of log n - (n - 1) / n or less.
            "best" is the best of a run's six evaluations, so a little flattered.
 Falsified  by true accuracy that stays where the learned reward led it, or by anchors and larger
            sets that change nothing.
@@ -29,7 +29,7 @@ Rule       In held-out accuracy, paired by seed, against a margin of .05; three 
            does not hold here   the fall is false with every set
            cannot be told       any other case
 
-Time       12 minutes on one core (30 runs and 15 reward models); the two base models, which others
+Time       15 minutes on one core (45 runs and 15 reward models); the two base models, which others
            share, 2 more.
 """
 
@@ -51,7 +51,10 @@ SIZES = {"300 pairs": 5, "1,500 pairs": 25, "9,000 pairs": 150}   # updates of 6
 LEARNED = {name: f"grpo:reward=model:reward_model=out/rm-{n}-{{seed}}" for name, n in SIZES.items()}
 SMALLEST, *_, LARGEST = SIZES
 ANCHORS = {"beta .1": ":beta=0.1", "beta 1": ":beta=1"}
-ARMS = {"verifier": "grpo", **LEARNED, **{a: LEARNED[LARGEST] + f for a, f in ANCHORS.items()}}
+WRONG = ("leaky", "format", "random")
+ARMS = {"verifier": "grpo", **LEARNED, **{a: LEARNED[LARGEST] + f for a, f in ANCHORS.items()},
+        **{reward: f"grpo:reward={reward}" for reward in WRONG}}
+SHOWN = [arm for arm in ARMS if arm not in WRONG]
 FIRST = [f"--algo rm --max_steps {n} --batch_size 64 --eval_steps {n} --logging_steps 5 "
          f"--out_dir out/rm-{n}-{{seed}}" for n in SIZES.values()]
 FLAGS = ["--max_steps", "60", "--batch_size", "16", "--eval_steps", "10"]
@@ -158,7 +161,9 @@ def verdict(figures):
         if arm in figures:
             effects[f"{arm} - none"] = common.difference(accuracy(arm), accuracy(LARGEST))
     effects["size"] = common.difference(accuracy(LARGEST), accuracy(SMALLEST))
-    effects["verifier - base"] = common.difference(accuracy("verifier"), base)   # for the reader
+    for arm in ("verifier", *WRONG):   # no part of the rule
+        if arm in figures:
+            effects[f"{arm} - base"] = common.difference(accuracy(arm), base)
 
     if set(fell.values()) == {False}:
         return common.FAILS, effects

@@ -15,6 +15,7 @@ Here       A base that saw chains worked out in a textbook and then in one every
            each, the hybrid among them, though a chain has its SFT besides. The hybrid is the plain
            sum; RESULTS.md has twelve more, in a longer run. Worked answers have seven times the
            tokens of bare ones, so GRPO runs once more with 7.4 times the updates.
+           And the threshold: GRPO from bases with a worked share of 0, .06 and .3 (the default).
            Every base had the textbook: nothing here says what a skill costs that was never taught,
            and a habit that pays less than the shortcut is not the same as one never sampled.
            Rates are swept. GRPO's 3e-4 is also that of its longer run and of GRPO>SFT's first
@@ -32,7 +33,7 @@ Rule       In held-out accuracy, paired by seed, each interval compared with its
            with a condition     a, b and c, not d: named, as it lies below or is unclear
            does not hold here   a above its margin, or b or c below theirs
            cannot be told       any other case
-           The hybrid and the order are effects, no part of the rule.
+           The hybrid, the order and the threshold are effects, no part of the rule.
 
 Time       15 minutes on one core (45 runs); the two base models, which others share, 2 more.
 """
@@ -48,11 +49,14 @@ SFT = "sft:batch_size=32:num_demonstrations=64:max_steps=50"
 RATES = ":learning_rate=1e-3|3e-3"
 HYBRIDS = {"plain sum": "hybrid:num_demonstrations=64" + RATES}
 LONGER = "GRPO, as many tokens"
+SHARE, SHARES = 0.005, (0.0, 0.005, 0.06, 0.3)   # of worked text; the first: of most arms
 ARMS = {"GRPO": "grpo" + common.RATES, "SFT": SFT + common.RATES,
         "GRPO>SFT": f"grpo:learning_rate=3e-4>{SFT}" + RATES,
         "SFT>GRPO": f"{SFT}:learning_rate=3e-3>grpo:learning_rate=1e-3", **HYBRIDS,
-        LONGER: "grpo:max_steps=890:learning_rate=3e-4"}
-FLAGS = ["--worked_share", "0.005", "--batch_size", "16", "--max_steps", "120",
+        LONGER: "grpo:max_steps=890:learning_rate=3e-4",
+        **{f"GRPO, share {share}": f"grpo:worked_share={share}:learning_rate=3e-4"
+           for share in SHARES if share != SHARE}}
+FLAGS = ["--worked_share", str(SHARE), "--batch_size", "16", "--max_steps", "120",
          "--eval_steps", "120"]
 QUICK_ARMS = {arm: ARMS[arm] for arm in ("GRPO", "SFT", "SFT>GRPO", "plain sum")}
 QUICK_FLAGS = ["--max_steps", "10", "--eval_problems", "32"]
@@ -86,6 +90,11 @@ def verdict(figures):
             effects[f"{arm} - SFT>GRPO, ood"] = gap(arm, "SFT>GRPO", "ood")
     if "GRPO>SFT" in figures:
         effects["SFT>GRPO - GRPO>SFT"] = gap("SFT>GRPO", "GRPO>SFT")
+    for share in SHARES:
+        arm = f"GRPO, share {share}"
+        if arm in figures:
+            effects[f"{arm} - its base"] = common.difference(figures[arm]["accuracy"],
+                                                             figures[arm]["before"])
 
     a = common.compared(effects["GRPO - base"], SMALL)
     b, c = (common.compared(effects[f"SFT>GRPO - {arm}"], LARGE) for arm in ("GRPO", "SFT"))
@@ -101,29 +110,40 @@ def verdict(figures):
 
 
 def draw(plt, figures):
-    """Every way to use demonstrations and RL. Left: accuracy and ood over all seeds. Right: the
-    accuracy by base model."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    """Left: every way to use demonstrations and RL, by base model. Right: the threshold of GRPO
+    alone."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, width_ratios=[1.6, 1])
     names = {"base": "base", "SFT": "SFT", "GRPO": "GRPO", LONGER: "GRPO,\nas many\ntokens",
              "GRPO>SFT": "GRPO,\nthen\nSFT", "SFT>GRPO": "SFT,\nthen\nGRPO",
              "plain sum": "both\nin one\nloss"}
     arms = [arm for arm in names if arm in figures]
-    panels = [[("held out", "accuracy", slice(None)), ("out of distribution", "ood", slice(None))],
-              [(f"held out, base {base}", "accuracy", slice(base, None, BASES))
-               for base in range(BASES)]]
-    for i, (axis, panel) in enumerate(zip(axes, panels)):
-        for j, (label, measure, seeds) in enumerate(panel):
-            color = f"C{2 * i + j}"
-            for x, arm in enumerate(arms):   # one seed has one base
-                values = figures[arm][measure][seeds]
-                if values:
-                    common.draw_point(axis, x + 0.16 * j - 0.08, values, color)
-            axis.plot([], [], "s", color=color, label=label)
-        axis.set_xticks(range(len(arms)), [names[arm] for arm in arms], fontsize=8)
+    series = [(f"held out, base {base}", "accuracy", slice(base, None, BASES), f"C{2 * base}")
+              for base in range(BASES)]
+    series.append(("out of distribution, both", "ood", slice(None), "C1"))
+    for i, (label, measure, seeds, color) in enumerate(series):
+        for x, arm in enumerate(arms):   # one seed has one base
+            values = figures[arm][measure][seeds]
+            if values:
+                common.draw_point(axes[0], x + 0.16 * (i - 1), values, color)
+        axes[0].plot([], [], "s", color=color, label=label)
+    axes[0].set_xticks(range(len(arms)), [names[arm] for arm in arms], fontsize=8)
+    axes[0].set_ylabel("accuracy (mean and range over seeds)")
+    axes[0].set_title("64 demonstrations, steps in one text of 200", fontsize=10)
+
+    at = {share: "GRPO" if share == SHARE else f"GRPO, share {share}" for share in SHARES}
+    at = {share: arm for share, arm in at.items() if arm in figures}
+    for measure, color, label in (("before", "grey", "accuracy of the base"),
+                                  ("accuracy", "C3", "accuracy after GRPO"),
+                                  ("worked", "C4", "worked answers after GRPO")):
+        common.draw_means(axes[1], range(len(at)), [figures[arm][measure] for arm in at.values()],
+                          label, color)
+    axes[1].set_xticks(range(len(at)), [f"{share:g}" for share in at])
+    axes[1].set_xlabel("share of the base's everyday text that is worked")
+    axes[1].set_title("the threshold of GRPO alone", fontsize=10)
+    for axis in axes:
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, loc="upper left", fontsize=8)
-    axes[0].set_ylabel("accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure
 

@@ -7,11 +7,10 @@ Claim      SFT memorises, RL generalises: on problems that training does not sho
 Source     2501.17161 (SFT memorises, RL generalises), 2509.04259 (RL's Razor).
 Here       Chain. Demonstrations that are right, 400 or 4,000, in the base model's own notation
            (`7+5=2;2*3=6`) or a foreign one: letters (`a7+5=2;a2*3=6`), swapped (`5+7=2;3*2=6`), or
-           each in one of the three (mixed). SFT on each, and GRPO on the same prompts, 8 answers
-           each, which keeps its own notation. All make 150 updates of 32; mixed makes 450, so that
-           it meets each style as often (in a pilot it had reached .43 after 200). The base knows
-           two skills more, reversing and facts. (DFT, RFT and online DPO, first arms too, were cut
-           before their figures, to save time.)
+           each in one of the three (mixed). SFT on each, DFT on the own one; on the same prompts
+           RFT with 20 rounds, online DPO and GRPO, 8 answers each: they keep their own notation.
+           All make 150 updates of 32; mixed makes 450, so that it meets each style as often (in a
+           pilot it had reached .43 after 200). The base knows two skills more, reversing and facts.
            ood are problems with `>`, which the base knows and post-training never shows. The base
            works out three answers in ten there; who carries the habit over gains. KL is that of
            the policy to the base on held-out problems; forward KL, that of the paper, is the other
@@ -36,7 +35,7 @@ Rule       Out of distribution, paired by seed: SFT - base for each of own, lett
            KL and what was lost, one for each seed. Arms with foreign notation and arms without are
            two clusters, which alone make it high.
 
-Time       12 minutes on one core (56 runs); the base models, which others share, 2 more.
+Time       20 minutes on one core (77 runs); the base models, which others share, 2 more.
 """
 
 import sys
@@ -51,7 +50,9 @@ OWN, FOREIGN = ":learning_rate=3e-4|1e-3", ":learning_rate=3e-3|6e-3"   # the ra
 RATES = {"own": OWN, "letters": FOREIGN, "swapped": FOREIGN}
 ARMS = {**{f"SFT, {style}, {size}": f"sft:style={style}:num_demonstrations={n}" + RATES[style]
            for size, n in NUMBERS.items() for style in STYLES},
-        "GRPO": "grpo:num_generations=8" + OWN,
+        "DFT, own": "dft:style=own:num_demonstrations=4000" + OWN,
+        **{arm: f"{word}:num_generations=8" + OWN
+           for arm, word in (("RFT", "rft:rounds=20"), ("DPO", "dpo"), ("GRPO", "grpo"))},
         "SFT, mixed, x3": "sft:style=mixed:num_demonstrations=4000:max_steps=450" + FOREIGN}
 FLAGS = ["--other_skills", "--max_steps", "150", "--eval_steps", "150"]
 QUICK_ARMS = {arm: word for arm, word in ARMS.items() if "x3" not in arm}
@@ -134,7 +135,7 @@ def draw(plt, figures):
     axes[0].set_xlim(-0.03, 1.03)
     axes[0].set_xlabel("accuracy (dotted: base)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", ncols=2)
-    colors = {"SFT": "C0", "GRPO": "C3"}
+    colors = {"SFT": "C0", "DFT": "C1", "RFT": "C2", "DPO": "C4", "GRPO": "C3"}
     for axis, title, names in zip(axes[1:], ("out of distribution", "reversing and facts"),
                                   (["ood"], ["reversing", "facts"])):
         for arm in arms:
