@@ -6,62 +6,24 @@ source fails as well, so that the gallery stays up to date.
     python -m pytest tests/algorithms/test_bugs.py -v
 """
 
-import contextlib
-import importlib.abc
-import importlib.util
-import io
-import sys
-
 import pytest
 
 from conftest import ROOT
 from gallery import BUGS as OTHERS
 from gallery_losses import BUGS as LOSSES
+from mutants import fresh_modules
 
 BUGS = [*OTHERS, *LOSSES]
-
-# The project's modules and the tests', by the names under which they are imported.
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts)
-           for pattern in ("*.py", "harness/*.py") for path in ROOT.glob(pattern)}
-MODULES |= {"harness", *(path.stem for path in ROOT.glob("tests/**/*.py"))}
 
 # Half of the time would go into the garbage collection of the plugin that is left out.
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 
 
-class Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one of the project's modules from a changed text."""
-
-    def __init__(self, file, text):
-        self.path, self.text = ROOT / file, text
-        self.name = file.removesuffix(".py").replace("/", ".")
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.name:
-            return importlib.util.spec_from_file_location(name, self.path, loader=self)
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        exec(compile(self.text, str(self.path), "exec"), module.__dict__)
-
-
 def outcome(file, text, *tests):
     """Run tests in this process against fresh modules, one of them from the text. -> pytest's exit
     code"""
-    modules = {name: sys.modules.pop(name) for name in MODULES & set(sys.modules)}
-    mutant, path = Mutant(file, text), sys.path[:]
-    sys.meta_path.insert(0, mutant)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return pytest.main([*OPTIONS, *(f"{ROOT}/tests/{test}" for test in tests)])
-    finally:
-        sys.meta_path.remove(mutant)
-        for name in MODULES & set(sys.modules):
-            del sys.modules[name]
-        sys.modules.update(modules)
-        sys.path[:] = path
+    with fresh_modules({file: text}):
+        return pytest.main([*OPTIONS, *(f"{ROOT}/tests/{test}" for test in tests)])
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[f"{bug.file}: {bug.consequence}" for bug in BUGS])
