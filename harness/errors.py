@@ -20,6 +20,10 @@ def one_line(main):
     except BrokenPipeError:    # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except NotImplementedError as error:   # of an assignment (assignments/)
+        if "yours to write" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
     except OSError as error:   # a full disk, a folder that may not be read
         print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
     return 2

@@ -11,7 +11,8 @@ import pytest
 import train
 from conftest import ROOT
 
-FILES = sorted(path for pattern in ("*.py", "harness/*.py", "experiments/*.py", "tests/**/*.py")
+FILES = sorted(path for pattern in ("*.py", "harness/*.py", "experiments/*.py",
+                                    "assignments/**/*.py", "tests/**/*.py")
                for path in ROOT.glob(pattern))
 ALGORITHM_FILES = ("sft", "dft", "rft", "dpo", "rm", "ppo", "grpo", "hybrid", "distill")
 DUTIES = ["__init__", "examples", "sample", "minibatches", "loss"]

@@ -1,0 +1,314 @@
+"""
+One folder, judged. The project's own tests, and the hidden ones, run in this process over the
+project's own files, in which the named functions hand each call to the student's process
+(worker.py). Arguments travel as plain numbers, and so do results and gradients: the tests compare
+numbers in a process that has never run a line of the student's.
+
+    python -m assignments.judge < {"number": 6, "folder": ..., "salt": ..., "seconds": 20}
+"""
+
+import ast
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from assignments import check, make, table
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOTAL_SECONDS = 300   # for all tests of one folder
+# What a body may ask of the objects that it is given: names that only look.
+REACHABLE = {"encode", "eos_id", "pad_id", "vocab_size", "completion_logits", "device", "dtype",
+             "config", "model", "ref_model", "tokenizer"}
+ERRORS = {e.__name__: e for e in (ValueError, TypeError, IndexError, KeyError, RuntimeError,
+                                  AttributeError, NameError, NotImplementedError, MemoryError,
+                                  ZeroDivisionError, ImportError, RecursionError)}
+
+
+# -- the named bodies, and nothing else -----------------------------------------------------------
+
+
+def read(folder, file):
+    """The text of a student's file. Raises ValueError for what is no plain file of the folder."""
+    path = pathlib.Path(folder) / file
+    if path.is_symlink() or not path.is_file() or path.resolve().parent != (
+            pathlib.Path(folder).resolve() / file).parent:
+        raise ValueError("there is no such file")
+    if path.stat().st_size > 1 << 20:
+        raise ValueError("the file is larger than 1 MB")
+    return path.read_text()
+
+
+def graft(text, theirs, names):
+    """The pristine text with the named bodies of the other text, taken by syntax tree: everything
+    else, signatures and docstrings included, is the pristine one's. -> text, {name: what is wrong}
+    """
+    tree, wrong = ast.parse(text), {}
+    for name in names:
+        scope = tree
+        for part in name.split("."):
+            scope = next(n for n in scope.body if getattr(n, "name", None) == part)
+        pristine = scope.body
+        try:
+            node = check.find(theirs, name)
+            if node is None:
+                raise ValueError("there is no such function")
+            docstring = pristine[:ast.get_docstring(scope) is not None]
+            scope.body = docstring + check.body_of(node)
+            compile(ast.unparse(tree), name, "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+            wrong[name] = f"{name}{line}: {getattr(error, 'msg', error)}"
+            scope.body = pristine
+    return ast.unparse(tree), wrong
+
+
+def prepare(assignment, folder, into):
+    """Write the student's copy, with the bodies of the folder, for the worker. -> {name: what is
+    wrong with it}"""
+    wrong, files = {}, make.code(assignment)
+    for file, names in assignment.files().items():
+        try:
+            files[file], found = graft(files[file], read(folder, file), names)
+            wrong |= {f"{file[:-3]}.{name}": words for name, words in found.items()}
+        except (OSError, ValueError) as error:
+            wrong |= {f"{file[:-3]}.{name}": f"{file}: {error}" for name in names}
+    make.write(files, into)
+    return wrong
+
+
+# -- calls to the other process -------------------------------------------------------------------
+
+
+class Body(NotImplementedError):
+    """The student's code did not come back with a value."""
+
+
+class Peer:
+    """The worker, as the judge sees it: started when needed, again when it has ended."""
+
+    def __init__(self, folder, names, wrong, seconds):
+        self.folder, self.names, self.dead, self.seconds = folder, names, dict(wrong), seconds
+        self.process, self.number, self.end = None, 0, time.monotonic() + TOTAL_SECONDS
+
+    def start(self):
+        ours, theirs = socket.socketpair()
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH",
+                                                    "VIRTUAL_ENV") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "assignments/worker.py"), self.folder,
+             str(theirs.fileno()), *self.names], pass_fds=[theirs.fileno()],
+            env={**kept, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+        theirs.close()
+        self.socket = ours
+        self.receive("the file", 120)
+
+    def stop(self):
+        """End the worker and whatever it may have started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.socket.close()
+            self.process = None
+
+    def receive(self, name, seconds=None):
+        from assignments import wire
+        try:
+            return wire.receive(self.socket, seconds or self.seconds)
+        except TimeoutError:
+            words = f"did not return within {self.seconds} seconds"
+        except wire.Broken as error:
+            words = str(error)
+        self.stop()
+        self.dead[name] = f"{name}: {words}"   # it is not asked again
+        raise Body(self.dead[name])
+
+    def call(self, name, args, kwargs):
+        import torch
+
+        from assignments import wire
+        if name in self.dead:
+            raise Body(self.dead[name])
+        if time.monotonic() > self.end:
+            raise Body(f"{name}: all calls together took more than {TOTAL_SECONDS} seconds")
+        if self.process is None:
+            self.start()
+        self.number += 1
+        number, leaves, kept, blobs = self.number, [], [], []
+
+        def tensor(t):
+            if not t.requires_grad:
+                return {}
+            leaves.append(t)
+            return {"leaf": len(leaves) - 1}
+
+        def other(value):
+            kept.append(value)
+            return {"remote": len(kept) - 1}
+
+        def pack(value):
+            blobs.clear()
+            return wire.pack(value, blobs, tensor, other)
+        arguments = pack([list(args), kwargs])
+        self.send(name, {"kind": "call", "number": number, "name": name, "arguments": arguments,
+                         "grad": torch.is_grad_enabled(),
+                         "double": torch.get_default_dtype() == torch.float64}, blobs)
+        while True:
+            message, blob = self.receive(name)
+            if not isinstance(message, dict) or message.get("kind") not in ("ask", "result"):
+                message = {"kind": "result", "error": "Broken", "words": "it sent no answer"}
+            if message["kind"] == "result":
+                break
+            try:
+                reply = {"value": pack(self.answer(message, blob, kept))}
+            except Exception as error:   # of the object that was asked: the body's to handle
+                blobs.clear()
+                reply = {"error": str(error)[:200]}
+            self.send(name, {"kind": "reply", **reply}, blobs)
+        if "error" in message:
+            words = " ".join(str(message.get("words"))[:300].split())
+            error = ERRORS.get(message["error"], Body)
+            raise error(words if error is not Body else f"{name}: {message['error']} {words}")
+        return self.value(name, number, message.get("value"), blob, leaves)
+
+    def send(self, name, message, blobs):
+        from assignments import wire
+        try:
+            wire.send(self.socket, message, blobs, self.seconds)
+        except wire.Broken as error:
+            self.stop()
+            raise Body(f"{name}: {error}") from None
+
+    def answer(self, message, blob, kept):
+        """What a body asks of an object: an attribute that it may see, or a call of a method that
+        it has been given."""
+        from assignments import wire
+
+        def remote(kind, n):
+            return kept[n]
+        if "get" in message:
+            value, name = kept[message["of"]], message["get"]
+            fields = {f.name for f in dataclasses.fields(value)} if dataclasses.is_dataclass(
+                value) else set()
+            if name not in REACHABLE | fields:
+                raise AttributeError(f"the graded object has no attribute {name!r}")
+            return getattr(value, name)
+        args, kwargs = wire.unpack(message["arguments"], blob, other=remote)
+        return kept[message["invoke"]](*args, **kwargs)
+
+    def value(self, name, number, entry, blob, leaves):
+        """What a call returned, joined to the gradients of what it was given."""
+        from assignments import wire
+
+        def grows(t, entry):
+            return bool(leaves) and entry.get("grad") is True and t.is_floating_point()
+        outputs = []
+        try:
+            wire.unpack(entry, blob, lambda t, e: grows(t, e) and outputs.append(t))
+            joined = iter(graph().apply(self, name, number, outputs, *leaves) if outputs else ())
+            return wire.unpack(entry, blob, lambda t, e: next(joined) if grows(t, e) else t)
+        except wire.Broken as error:
+            raise Body(f"{name}: {error}") from None
+
+    def backward(self, name, number, gradients):
+        """The gradients of what a call was given."""
+        from assignments import wire
+        if self.process is None:
+            raise Body(f"{name}: its process ended")
+        blobs = []
+        packed = wire.pack(list(gradients), blobs)
+        self.send(name, {"kind": "backward", "number": number, "gradients": packed}, blobs)
+        message, blob = self.receive(name)
+        words = "it sent no gradient"
+        try:
+            found = None if "error" in message else wire.unpack(message["value"], blob)
+            if isinstance(found, list):
+                return found
+            words = " ".join(str(message["words"])[:200].split())
+        except (wire.Broken, KeyError, TypeError):
+            pass
+        raise Body(f"{name}: its gradient could not be computed: {words}")
+
+
+@functools.cache
+def graph():
+    """The node that stands for a call in the tests' autograd graph."""
+    import torch
+
+    class Call(torch.autograd.Function):
+
+        @staticmethod
+        def forward(ctx, peer, name, number, outputs, *leaves):
+            ctx.asked = peer, name, number
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            peer, name, number = ctx.asked
+            return None, None, None, None, *peer.backward(name, number, gradients)
+    return Call
+
+
+# -- the tests ------------------------------------------------------------------------------------
+
+
+def place(name):
+    """`sft.SFT.logprobs` -> what holds it, and its name there."""
+    file, *path, last = name.split(".")
+    holder = importlib.import_module(file)
+    for part in path:
+        holder = getattr(holder, part)
+    return holder, last
+
+
+def install(functions):
+    """Put functions in the place of the project's own: {dotted name: function}. This comes before
+    the tests are imported, for they import them by name."""
+    for name, function in functions.items():
+        holder, last = place(name)
+        setattr(holder, last, functools.wraps(getattr(holder, last))(function))
+
+
+def judge(number, folder, salt="", seconds=20):
+    """{test: None or why it fails} of one folder."""
+    assignment = table.assignment(number)
+    os.environ["ASSIGNMENT_SALT"] = salt
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    with tempfile.TemporaryDirectory() as copy:
+        wrong = prepare(assignment, folder, pathlib.Path(copy))
+        peer = Peer(copy, assignment.bodies, wrong, seconds)
+        install({name: lambda *args, _name=name, **kwargs: peer.call(_name, args, kwargs)
+                 for name in assignment.bodies})
+        try:
+            return check.run([ROOT / test for test in assignment.tests()])
+        finally:
+            peer.stop()
+
+
+def main():
+    asked = json.load(sys.stdin)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)   # PR_SET_DUMPABLE: nobody reads this memory
+    out = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    found = judge(**asked)
+    os.write(out, json.dumps(found).encode())
+
+
+if __name__ == "__main__":
+    main()

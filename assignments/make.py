@@ -1,0 +1,174 @@
+"""
+A student's copy of the project: the files as they stand, without the bodies that are to be written
+and without what would give them away, and with the tests that are the requirements.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+from assignments import check
+from harness.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+HERE = pathlib.Path(__file__).resolve().parent
+COMMIT = {"GIT_AUTHOR_NAME": "Course", "GIT_AUTHOR_EMAIL": "course@example.org",
+          "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_NAME": "Course",
+          "GIT_COMMITTER_EMAIL": "course@example.org", "GIT_CONFIG_GLOBAL": os.devnull,
+          "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z", "GIT_CONFIG_NOSYSTEM": "1"}
+
+
+def code(assignment):
+    """The project's files with the named bodies cut, {path: text}. What gives one away in another
+    file says so where it stood."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
+    files = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(paths)}
+    messages = {}
+    for name in assignment.bodies:
+        messages.setdefault(name.split(".")[0], {})[name] = f"{name}: {check.MISSING}"
+    for name in assignment.also:
+        why = f"{name}: left out while {assignment.bodies[0].split('.')[0]}.py is {check.MISSING}"
+        messages.setdefault(name.split(".")[0], {})[name] = why
+    for module, found in messages.items():
+        files[f"{module}.py"] = check.cut(files[f"{module}.py"], {
+            name.split(".", 1)[1]: message for name, message in found.items()})
+    return files
+
+
+def tests(assignment):
+    """The tests that are requirements, and what they import of the tests' own files, {path: text}.
+    Other tests of the same files are left out: some are of later assignments."""
+    wanted = {}
+    for requirement in assignment.requirements:
+        path, name = requirement.test.split("::")
+        wanted.setdefault(f"tests/{path}", set()).add(name)
+    files = {path: without_tests((ROOT / path).read_text(), names)
+             for path, names in wanted.items()}
+    helpers = {path.stem: path for path in sorted(ROOT.glob("tests/**/*.py"))
+               if not path.name.startswith(("test_", "gallery"))}
+    due = ["conftest", *imports("".join(files.values()))]
+    while due:
+        name = due.pop()
+        path = helpers.get(name) and str(helpers[name].relative_to(ROOT))
+        if path and path not in files:
+            files[path] = helpers[name].read_text()
+            if name == "conftest":   # without the fixtures for experiments, which are not copied
+                files[path] = re.sub(r"pytest_plugins = .*\n\n?", "", files[path])
+            due += imports(files[path])
+    return files
+
+
+def imports(text):
+    """The modules that a file imports at its head."""
+    for node in ast.iter_child_nodes(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def without_tests(text, keep):
+    """A test file with these test functions alone; helpers and imports stay."""
+    lines = text.splitlines(keepends=True)
+    for node in reversed(ast.parse(text).body):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") \
+                and node.name not in keep:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            del lines[first - 1:node.end_lineno]
+    return re.sub(r"\n{4,}", "\n\n\n", "".join(lines)).rstrip("\n") + "\n"
+
+
+def told(assignment):
+    """What check.py has to know."""
+    requirements = [{"number": i, "points": r.points, "body": r.body, "test": r.test,
+                     "proves": check.proves(ROOT / "tests" / r.test.split("::")[0],
+                                            r.test.split("::")[1])}
+                    for i, r in enumerate(assignment.requirements, 1)]
+    cut = code(assignment)
+    return {"number": assignment.number, "title": assignment.title,
+            "requirements": requirements, "hidden": sum(r.points for r in assignment.hidden),
+            "bodies": assignment.files(),
+            "outside": {file: check.outside(cut[file], names)
+                        for file, names in assignment.files().items()}}
+
+
+def project(files):
+    """The project's README without pictures and without links to what is not copied."""
+    text = re.sub(r"^!\[.*\n\n?", "", (ROOT / "README.md").read_text(), flags=re.M)
+    return re.sub(r"\[([^\]]*)\]\((?!http)([^)]+)\)",
+                  lambda link: link[0] if link[2] in files else link[1], text)
+
+
+def workflow(assignment):
+    """For GitHub Classroom: a step for each requirement, and one that adds up their points."""
+    steps, names = [], [f"r{i}" for i, _ in enumerate(assignment.requirements, 1)]
+    for i, requirement in enumerate(assignment.requirements, 1):
+        steps.append(f"""      - id: r{i}
+        uses: classroom-resources/autograding-command-grader@v1
+        with:
+          test-name: "{i}. {requirement.body}"
+          command: python check.py {i}
+          timeout: 10
+          max-score: {requirement.points}
+""")
+    results = "".join(f"          {name.upper()}_RESULTS: "
+                      f"\"${{{{steps.{name}.outputs.result}}}}\"\n" for name in names)
+    return f"""# The visible requirements, run in the student's own copy, which they can change.
+# The points that count are those of python -m assignments grade {assignment.number} FOLDER.
+name: Autograding
+on: [push, repository_dispatch]
+permissions:
+  checks: write
+  actions: read
+  contents: read
+jobs:
+  check:
+    runs-on: ubuntu-latest
+    if: github.actor != 'github-classroom[bot]'
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.11"
+      - run: pip install torch --index-url https://download.pytorch.org/whl/cpu
+      - run: pip install -r requirements.txt
+{"".join(steps)}      - uses: classroom-resources/autograding-grading-reporter@v1
+        env:
+{results}        with:
+          runners: {",".join(names)}
+"""
+
+
+def copy_of(assignment):
+    """Every file of a student's copy, {path: text}."""
+    files = {**code(assignment), **tests(assignment)}
+    for name in ("requirements.txt", "pyproject.toml", "LICENSE", ".gitignore"):
+        files[name] = (ROOT / name).read_text()
+    files["check.py"] = (HERE / "check.py").read_text()
+    files["assignment.json"] = json.dumps(told(assignment), indent=1) + "\n"
+    files["README.md"] = (HERE / f"handouts/{assignment.number}.md").read_text()
+    files["PROJECT.md"] = project(files)
+    files[".github/workflows/classroom.yml"] = workflow(assignment)
+    return files
+
+
+def write(files, folder):
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def make(assignment, folder):
+    """Write a student's copy into a new folder, with a history of one commit."""
+    if shutil.which("git") is None:
+        raise InputError("git is not installed: a student's copy has a history of its own")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out {folder} is there already: choose another folder")
+    write(copy_of(assignment), folder)
+    for words in (["init", "-q", "-b", "main", "--template="], ["add", "-A"],
+                  ["commit", "-q", "-m", f"Assignment {assignment.number}: {assignment.title}"]):
+        subprocess.run(["git", *words], cwd=folder, check=True, env={**os.environ, **COMMIT})

@@ -1,0 +1,179 @@
+"""
+The assignments: which bodies are cut, what else would give them away, which tests are required and
+what each is worth. A requirement holds if its test passes with all its parameters; the visible ones
+of an assignment add up to 80 points, the hidden ones to 20.
+"""
+
+from dataclasses import dataclass
+
+from harness.errors import InputError
+
+
+@dataclass(frozen=True)
+class Requirement:
+    points: int
+    body: str      # what the test is mostly about, for the table
+    test: str      # path::name, below tests/ or, if it is hidden, below assignments/hidden/
+
+
+@dataclass(frozen=True)
+class Assignment:
+    number: int
+    title: str
+    bodies: tuple         # `file.function`: yours to write
+    also: tuple           # cut as well, since they hold the same lines
+    known: tuple          # lines of the bodies that may stand elsewhere: no answers
+    requirements: tuple
+    hidden: tuple
+
+    def all(self):
+        return self.requirements + self.hidden
+
+    def tests(self):
+        """Their paths from the project's folder."""
+        return [*(f"tests/{r.test}" for r in self.requirements),
+                *(f"assignments/hidden/{r.test}" for r in self.hidden)]
+
+    def files(self):
+        """{file: the names of its bodies}"""
+        files = {}
+        for name in self.bodies:
+            file, function = name.split(".", 1)
+            files.setdefault(f"{file}.py", []).append(function)
+        return files
+
+
+def requirements(text):
+    """Below the path of each test file: points, body and test, a line each."""
+    found, path = [], None
+    for words in map(str.split, text.strip().splitlines()):
+        if len(words) == 1:
+            path = words[0]
+        else:
+            found.append(Requirement(int(words[0]), words[1], f"{path}::{words[2]}"))
+    return tuple(found)
+
+
+ASSIGNMENTS = (
+    Assignment(
+        1, "Masks and SFT",
+        bodies=("sft.token_losses", "sft.token_weights", "sft.SFT.logprobs", "data.collate"),
+        # Every algorithm file spells out its gather and its mean over tokens.
+        also=("dft.token_weights", "ppo.token_weights", "grpo.token_weights", "rft.token_weights",
+              "hybrid.token_weights", "distill.token_weights", "rft.token_losses",
+              "hybrid.imitation_loss", "dft.DFT.logprobs", "rft.RFT.logprobs", "ppo.PPO.logprobs",
+              "grpo.GRPO.logprobs", "hybrid.Hybrid.logprobs", "distill.Distill.logprobs",
+              "dpo.DPO.logps"),
+        # The first is in harness/evaluate.py, without which nothing runs; the other says nothing.
+        known=('ids = batch["completion_ids"].unsqueeze(-1)', "for e in examples]"),
+        requirements=requirements("""
+        identities/test_policy_gradient.py
+           5 token_losses      test_gradient_of_cross_entropy_is_softmax_minus_onehot
+           5 token_losses      test_sft_loss_is_kl_from_the_data_plus_their_entropy
+           5 token_losses      test_sft_gradient_is_a_policy_gradient
+          10 token_weights     test_sft_token_mean_worked_example
+        algorithms/test_sft.py
+           5 token_weights     test_token_weights_keep_the_precision_of_the_mask
+        algorithms/test_batches.py
+          10 collate           test_the_worked_example_of_the_docstring
+           5 collate           test_collate_pads_prompts_on_the_left_and_completions_on_the_right
+          10 collate           test_a_real_token_may_equal_the_pad_id
+        algorithms/test_sft.py
+          10 logprobs          test_sft_loss_is_the_token_mean_of_the_completions_and_their_ends
+           5 logprobs          test_sft_trains_end_but_nothing_after_it
+          10 logprobs          test_sft_is_invariant_to_micro_batches_padding_and_order
+        """),
+        hidden=requirements("""
+        test_1.py
+           3 token_losses      test_losses_elsewhere
+           5 token_weights     test_weights_elsewhere
+           6 collate           test_batches_elsewhere
+           6 logprobs          test_logprobs_elsewhere
+        """)),
+    Assignment(
+        3, "DFT and its family",
+        bodies=("dft.imitation_weights", "dft.psft_loss", "dft.anchor_loss", "dft.gem_loss"),
+        also=("hybrid.imitation_loss", "rft.RFT.loss", "distill.kl"),
+        known=("ratio = (logprobs - old_logprobs).exp()",),   # any ratio; of PPO as well
+        requirements=requirements("""
+        identities/test_dft_math.py
+           5 imitation_weights test_weights_worked_example
+           5 imitation_weights test_weights_are_detached
+           5 imitation_weights test_dft_gradient_is_that_of_the_probabilities
+           5 imitation_weights test_dft_sequence_gradient_is_a_policy_gradient_with_a_plain_reward
+           5 imitation_weights test_weights_of_whole_answers_worked_example
+           5 imitation_weights test_the_power_family
+           5 imitation_weights test_chord_learns_neither_the_known_nor_the_hopeless
+           5 imitation_weights test_iw_sft_starts_as_sft_and_is_an_exact_policy_gradient_later
+        identities/test_prift.py
+           5 imitation_weights test_prift_is_sft_on_reweighted_data
+        identities/test_dft_math.py
+           5 imitation_weights test_sft_rests_at_the_data_and_dft_drifts_to_the_mode
+           5 imitation_weights test_imitation_weights_name_their_choices
+           5 psft_loss         test_psft_worked_example
+           5 psft_loss         test_psft_starts_as_sft_and_stops_above_the_clip
+           5 anchor_loss       test_asft_adds_the_anchor_and_nothing_else
+           5 gem_loss          test_gem_gradient_and_fixed_point
+           5 gem_loss          test_anchor_and_gem_worked_example
+        """),
+        hidden=requirements("""
+        test_3.py
+           8 imitation_weights test_weights_elsewhere
+           4 psft_loss         test_psft_elsewhere
+           4 anchor_loss       test_anchor_elsewhere
+           4 gem_loss          test_gem_elsewhere
+        """)),
+    Assignment(
+        6, "GRPO",
+        bodies=("grpo.group_advantages", "grpo.token_weights", "grpo.policy_loss", "grpo.k3"),
+        also=("ppo.policy_loss", "hybrid.group_advantages", "hybrid.policy_loss"),
+        known=("mask = 1.0 * completion_mask", "return mask / mask.sum().clamp(min=1)",   # as SFT
+               "mask = completion_mask.to(logprobs.dtype)"),
+        requirements=requirements("""
+        identities/test_group_baselines.py
+           6 group_advantages  test_advantages_worked_example
+           6 group_advantages  test_group_baselines_in_expectation
+           4 group_advantages  test_dividing_by_the_group_std_reweights_prompts
+           5 group_advantages  test_groups_do_not_see_each_other_but_a_batch_deviation_does
+           5 group_advantages  test_a_group_of_equal_rewards_gets_exactly_zero
+        identities/test_maxrl.py
+           4 group_advantages  test_dividing_by_the_mean_worked_example
+        identities/test_aggregation.py
+           5 token_weights     test_token_weights_worked_example
+           5 token_weights     test_only_the_length_normaliser_turns_the_gradient
+        identities/test_clip.py
+           6 policy_loss       test_ppo_clip_worked_values_and_dead_zones
+           3 policy_loss       test_the_clip_is_pessimistic
+           3 policy_loss       test_the_upper_clip_has_its_own_epsilon
+           6 policy_loss       test_cispo_clips_the_weight_and_keeps_the_gradient
+           6 policy_loss       test_gspo_ratio_is_the_geometric_mean
+           3 policy_loss       test_gspo_of_an_answer_that_is_left_out_is_finite
+        identities/test_policy_gradient.py
+           3 policy_loss       test_policy_loss_at_the_sampling_policy_is_the_policy_gradient
+        identities/test_k3.py
+           4 k3                test_k3_is_a_nonnegative_unbiased_estimate
+           4 k3                test_k3_as_a_loss_has_the_gradient_of_the_forward_kl
+           2 k3                test_k3_times_the_ratio_has_the_gradient_of_the_kl
+        """),
+        hidden=requirements("""
+        test_6.py
+           8 group_advantages  test_advantages_elsewhere
+           4 token_weights     test_weights_elsewhere
+           6 policy_loss       test_policy_loss_elsewhere
+           2 k3                test_k3_elsewhere
+        """)),
+)
+
+
+def assignment(number):
+    """By its number. Raises InputError for another."""
+    for one in ASSIGNMENTS:
+        if str(one.number) == str(number):
+            return one
+    known = ", ".join(str(one.number) for one in ASSIGNMENTS)
+    raise InputError(f"there is no assignment {number}: choose from {known}")
+
+
+def overview():
+    lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies)}" for one in ASSIGNMENTS)
+    return "Assignments cut from the project's files, graded by its tests.\n\n" + "\n".join(lines)

@@ -1,0 +1,221 @@
+"""
+What solutions earn: the project's own 100 points, a copy as it was handed out 0, and wrong ones
+less by what is wrong with them. The first two go through the grader; the others run in this
+process, against the same tests.
+"""
+
+import json
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from assignments import check, grade, judge, make, table
+from conftest import ROOT
+from mutants import fresh_modules
+
+
+class Wrong(NamedTuple):
+    body: str
+    mistake: str
+    right: str
+    wrong: str
+    score: int     # of 100
+    proof: str     # a test that fails
+
+
+WRONG = {1: [
+    Wrong("sft.token_weights", "a mean of means",
+          "return mask / mask.sum().clamp(min=1)",
+          "return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)",
+          75, "test_sft_token_mean_worked_example"),
+    Wrong("sft.token_weights", "padding counts in the mean",
+          "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()",
+          75, "test_sft_loss_is_the_token_mean_of_the_completions_and_their_ends"),
+    Wrong("sft.token_weights", "0/0 where nothing is trained",
+          "mask.sum().clamp(min=1)", "mask.sum()", 85, "test_weights_elsewhere"),
+    Wrong("sft.SFT.logprobs", "shifted by one: the model has done so already",
+          "return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs",
+          "moved = torch.cat([all_logprobs[:, :1], all_logprobs[:, :-1]], 1)\n"
+          "        return moved.gather(-1, ids).squeeze(-1), all_logprobs",
+          79, "test_sft_trains_end_but_nothing_after_it"),
+    Wrong("sft.SFT.logprobs", "normalised over positions, not over the vocabulary",
+          "torch.log_softmax(logits, dim=-1)", "torch.log_softmax(logits, dim=1)",
+          69, "test_sft_is_invariant_to_micro_batches_padding_and_order"),
+    Wrong("data.collate", "no EOS: the model never learns to stop",
+          'tokenizer.encode(e["completion"]) + [tokenizer.eos_id] for',
+          'tokenizer.encode(e["completion"]) for',
+          54, "test_the_worked_example_of_the_docstring"),
+    Wrong("data.collate", "a mask guessed from token values",
+          "[[True] * len(c) + [False] * (width - len(c))\n",
+          "[[i != tokenizer.pad_id for i in c] + [False] * (width - len(c))\n",
+          84, "test_a_real_token_may_equal_the_pad_id"),
+], 3: [
+    Wrong("dft.imitation_weights", "detach forgotten", "    logprobs = logprobs.detach()\n", "",
+          57, "test_weights_are_detached"),
+    Wrong("dft.imitation_weights", "the sum over an answer counts its padding",
+          "(logprobs * completion_mask).sum(-1, keepdim=True).exp()",
+          "logprobs.sum(-1, keepdim=True).exp()",
+          82, "test_weights_of_whole_answers_worked_example"),
+    Wrong("dft.imitation_weights", "PriFT with the weight of the policy in training",
+          "return ref_logprobs.exp()", "return p",
+          87, "test_prift_is_sft_on_reweighted_data"),
+    Wrong("dft.psft_loss", "PPO's lower clip, which here protects nobody",
+          "ratio.clamp(max=1 + epsilon_high)", "ratio.clamp(1 - epsilon_high, 1 + epsilon_high)",
+          86, "test_psft_worked_example"),
+    Wrong("dft.anchor_loss", "the KL the other way round",
+          "F.kl_div(all_logprobs, ref_all_logprobs,", "F.kl_div(ref_all_logprobs, all_logprobs,",
+          86, "test_asft_adds_the_anchor_and_nothing_else"),
+    Wrong("dft.gem_loss", "detach forgotten", "all_logprobs.detach() /", "all_logprobs /",
+          91, "test_gem_gradient_and_fixed_point"),
+], 6: [
+    Wrong("grpo.group_advantages", "the batch's mean in place of the group's",
+          "centred = rewards - rewards.mean(1, keepdim=True)\n",
+          "centred = rewards - rewards.mean()\n",
+          73, "test_groups_do_not_see_each_other_but_a_batch_deviation_does"),
+    Wrong("grpo.group_advantages", "leave-one-out that leaves none out",
+          "centred = G / (G - 1) * (rewards", "centred = (rewards",
+          80, "test_group_baselines_in_expectation"),
+    Wrong("grpo.group_advantages", "equal rewards leave a rounding error",
+          "(rewards.max(1).values == rewards.min(1).values)[:, None]",
+          "(rewards.std(1) == 0)[:, None]",
+          95, "test_a_group_of_equal_rewards_gets_exactly_zero"),
+    Wrong("grpo.token_weights", "dapo as a mean of means",
+          "return mask / mask.sum().clamp(min=1)",
+          "return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)",
+          86, "test_token_weights_worked_example"),
+    Wrong("grpo.policy_loss", "minimum for maximum", "torch.maximum(-A * ratio",
+          "torch.minimum(-A * ratio", 70, "test_the_clip_is_pessimistic"),
+    Wrong("grpo.policy_loss", "CISPO without its detach",
+          "ratio.clamp(max=1 + epsilon_high).detach()", "ratio.clamp(max=1 + epsilon_high)",
+          85, "test_cispo_clips_the_weight_and_keeps_the_gradient"),
+    Wrong("grpo.policy_loss", "old log-probabilities shifted by one",
+          "log_ratio = logprobs - old_logprobs  ",
+          "log_ratio = logprobs - old_logprobs.roll(1, 1)  ",
+          73, "test_policy_loss_elsewhere"),
+    Wrong("grpo.k3", "k1 as a loss", "log_ratio.exp() - 1 - log_ratio", "-log_ratio",
+          88, "test_k3_as_a_loss_has_the_gradient_of_the_forward_kl"),
+]}
+
+
+def run_here(assignment, texts):
+    """The reasons of all tests of an assignment, in this process, where some files have these
+    texts."""
+    with fresh_modules(texts):
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        return check.run([ROOT / test for test in assignment.tests()])
+
+
+def with_wrong_line(wrong):
+    """{file: its text with the wrong line in the named body}"""
+    file, name = wrong.body.split(".", 1)
+    text = (ROOT / f"{file}.py").read_text()
+    first, last = check.body_lines(text, check.find(text, name))
+    lines = text.splitlines(keepends=True)
+    body = "".join(lines[first - 1:last])
+    assert body.count(wrong.right) == 1
+    lines[first - 1:last] = [body.replace(wrong.right, wrong.wrong)]
+    return {f"{file}.py": "".join(lines)}
+
+
+@pytest.mark.parametrize("number, wrong", [(n, w) for n, rows in WRONG.items() for w in rows],
+                         ids=[f"{n}: {w.mistake}" for n, rows in WRONG.items() for w in rows])
+def test_a_wrong_solution_loses_what_it_should(number, wrong):
+    """The points of what rests on the wrong line, in the visible tests or in the hidden ones, and
+    no others."""
+    assignment = table.assignment(number)
+    why = run_here(assignment, with_wrong_line(wrong))
+    assert grade.results(assignment, why)["score"] == wrong.score
+    failed = {test.split("::")[1] for test, reason in why.items() if reason}
+    assert wrong.proof in failed
+    assert all(len(reason) < 400 and "\n" not in reason for reason in why.values() if reason)
+
+
+@pytest.mark.parametrize("number", WRONG)
+def test_a_copy_as_it_was_handed_out_earns_nothing(number):
+    """Not one test holds, visible or hidden, without the bodies; and each says which is missing."""
+    assignment = table.assignment(number)
+    why = run_here(assignment, make.code(assignment))
+    assert all(reason and "yours to write" in reason for reason in why.values())
+
+
+def test_the_project_itself_earns_everything(tmp_path, capsys):
+    """Through the grader, from the project's own folder: a table, and a results.json as Gradescope
+    reads it."""
+    for number in WRONG:
+        found = grade.grade(table.assignment(number), [ROOT], tmp_path / str(number), "salt")
+        assert found[ROOT.name]["score"] == 100, found
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines[0] == ["folder", "points", "group_advantages", "token_weights", "policy_loss",
+                        "k3"]
+    assert lines[1] == [ROOT.name, "100", "38/38", "14/14", "36/36", "12/12"]
+    written = json.loads((tmp_path / "6" / ROOT.name / "results.json").read_text())
+    assert written["score"] == 100 and len(written["tests"]) == 22
+    assert written["tests"][0] == {
+        "name": "group_advantages: One group with rewards [1, 0, 0, 0], worked by hand.",
+        "max_score": 6, "score": 6, "output": "", "visibility": "visible"}
+    assert [t["visibility"] for t in written["tests"]].count("after_published") == 4
+
+
+# -- what is taken from a folder ------------------------------------------------------------------
+
+PRISTINE = '''import os
+
+
+def double(x):
+    """Twice x."""
+    raise NotImplementedError("m.double: yours to write")
+
+
+def other():
+    return 1
+'''
+
+
+def test_the_named_bodies_alone_are_taken():
+    """By syntax tree: neither other functions nor the module's code, nor signature, decorators and
+    docstring of the student's function."""
+    theirs = '''import evil
+print("10 of 10 points")
+
+
+@evil.decorator
+def double(y, x=evil.x):
+    """Another text."""
+    import math
+    return math.prod([2, x])   # mine
+
+
+def other():
+    return evil.x
+'''
+    text, wrong = judge.graft(PRISTINE, theirs, ["double"])
+    assert wrong == {} and text == PRISTINE.replace(
+        "    raise NotImplementedError(\"m.double: yours to write\")\n",
+        "    import math\n    return math.prod([2, x])\n").replace("\n\n\n", "\n\n").rstrip("\n")
+
+
+@pytest.mark.parametrize("theirs, message", [
+    ("x = 1\n", "m.double: there is no such function"),
+    ("class double:\n    pass\n", "there is no such function"),
+    ("async def double(x):\n    return x\n", "there is no such function"),
+    ("def double(x:\n", "line 1: '(' was never closed"),
+    ("def double(x):\n    nonlocal y\n    return y\n", "no binding for nonlocal"),
+    ("def double(x):\n    return " + "(" * 300 + "x" + ")" * 300 + "\n", "too many nested"),
+    ("def double(x):\n    return x\0\n", "null bytes")])
+def test_what_cannot_be_taken_is_said(theirs, message):
+    """The body stays missing, with the reason; nothing else is lost."""
+    text, wrong = judge.graft(PRISTINE, theirs, ["double"])
+    assert message in f"m.{wrong['double']}" and "yours to write" in text
+
+
+def test_only_plain_files_of_the_folder_are_read(tmp_path):
+    """No link, which might lead to the grader's own files, no folder, nothing very large."""
+    (tmp_path / "link.py").symlink_to(ROOT / "sft.py")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "large.py").write_text("#" * (1 << 20) + "\n")
+    for file in ("link.py", "folder.py", "large.py", "none.py"):
+        with pytest.raises(ValueError):
+            judge.read(tmp_path, file)
+    (tmp_path / "plain.py").write_text("x = 1\n")
+    assert judge.read(tmp_path, "plain.py") == "x = 1\n"

@@ -1,0 +1,77 @@
+"""Handouts and instructors' notes say what is so: commands, functions, points, tests, and what the
+wrong solutions earn."""
+
+import re
+
+import pytest
+from test_documents import test_every_command_is_one as check_command
+from test_grading import WRONG
+
+from assignments import check, make, table
+from conftest import ROOT
+
+NUMBERS = [a.number for a in table.ASSIGNMENTS]
+HEADINGS = ["What you will be able to do", "Read first", "Write", "Derive, on paper",
+            "Run, and answer", "Hand in"]
+
+
+def text_of(folder, number):
+    return (ROOT / f"assignments/{folder}/{number}.md").read_text()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_handout_has_its_parts(number):
+    """Goals, what to read, what to write, derivations, runs, and the time that it takes."""
+    text = text_of("handouts", number)
+    assert text.startswith(f"# Assignment {number}: ") and "The time is" in " ".join(text.split())
+    assert re.findall(r"^## (.*)$", text, re.M) == HEADINGS
+    for section in re.findall(r"section (\d(?:\.\d)?)", text.split("## Write")[0])[:1]:
+        assert f"| {section}" in (ROOT / "SURVEY.md").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_points_of_a_handout_are_those_of_the_table(number):
+    """A row for each body: visible and hidden points."""
+    assignment, found = table.assignment(number), {}
+    for cells in re.findall(r"^\| (.*`) \| (\d+) \| (\d+) \|$", text_of("handouts", number), re.M):
+        found[re.findall(r"`([^`]+)`", cells[0])[-1].split(".")[-1]] = int(cells[1]), int(cells[2])
+    bodies = {name.split(".")[-1] for name in assignment.bodies}
+    assert found == {body: tuple(sum(r.points for r in rows if r.body == body)
+                                 for rows in (assignment.requirements, assignment.hidden))
+                     for body in bodies}
+
+
+COMMANDS = [(number, command.replace(" S", " 7")) for number in NUMBERS
+            for command in re.findall(r"`(python (?:train|compare)\.py [^`]*)`",
+                                      text_of("handouts", number))]
+
+
+@pytest.mark.parametrize("number, command", COMMANDS)
+def test_commands_are_taken(number, command, monkeypatch):
+    """What a handout tells people to type is accepted; and of what it runs nothing is left out."""
+    check_command(str(number), command, monkeypatch)
+    algorithms = set(re.findall(r"\b(sft|dft|grpo|ppo|dpo|hybrid|rft|distill)\b", command))
+    left_out = {name.split(".")[0] for name in table.assignment(number).also}
+    assert algorithms and not algorithms & left_out
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_notes_name_tests_that_exist_and_scores_that_are_given(number):
+    """Every test is one of the project's, and every mistake has the points of the wrong solution
+    in test_grading.py."""
+    text = text_of("instructor", number)
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    known = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    assert tests and all(f"def {test}(" in known for test in tests)
+    scores = [int(score) for score in re.findall(r"^\|.*\| (\d+) \|", text, re.M)]
+    assert scores == [wrong.score for wrong in WRONG[number]]
+
+
+def test_the_notes_are_not_copied():
+    """Nor is anything else of the folder but the handout and check.py."""
+    for assignment in table.ASSIGNMENTS:
+        everything = "\n".join(make.copy_of(assignment).values())
+        notes = text_of("instructor", assignment.number).splitlines()
+        assert not [line for line in notes if len(line) > 60 and line in everything]
+        assert check.first_sentence(make.__doc__) not in everything
