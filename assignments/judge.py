@@ -23,9 +23,11 @@ import sys
 import tempfile
 import time
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"   # before torch
 
-from assignments import check, make, table
+import torch
+
+from assignments import check, make, table, wire
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 300   # for all tests of one folder
@@ -115,7 +117,7 @@ class Peer:
             start_new_session=True)
         theirs.close()
         self.socket = ours
-        self.receive("the file", 120)
+        self.receive("the file", time.monotonic() + 120)
 
     def stop(self):
         """End the worker and whatever it may have started."""
@@ -126,22 +128,30 @@ class Peer:
             self.socket.close()
             self.process = None
 
-    def receive(self, name, seconds=None):
-        from assignments import wire
-        try:
-            return wire.receive(self.socket, seconds or self.seconds)
-        except TimeoutError:
-            words = f"did not return within {self.seconds} seconds"
-        except wire.Broken as error:
-            words = str(error)
+    def give_up(self, name, words):
+        """End the worker; what has brought it down is not asked again."""
         self.stop()
-        self.dead[name] = f"{name}: {words}"   # it is not asked again
+        self.dead[name] = f"{name}: {words}"
         raise Body(self.dead[name])
 
-    def call(self, name, args, kwargs):
-        import torch
+    def receive(self, name, end):
+        """The next message, if it comes in time."""
+        try:
+            return wire.receive(self.socket, max(end - time.monotonic(), 1e-3))
+        except TimeoutError:
+            self.give_up(name, f"did not return within {self.seconds} seconds")
+        except wire.Broken as error:
+            self.give_up(name, str(error))
 
-        from assignments import wire
+    def send(self, name, message, blobs):
+        try:
+            wire.send(self.socket, message, blobs, self.seconds)
+        except wire.Broken as error:
+            self.give_up(name, str(error))
+
+    def call(self, name, args, kwargs):
+        """Call a body and return its value. While it runs it may ask for what it was given objects
+        for; all together has `seconds`."""
         if name in self.dead:
             raise Body(self.dead[name])
         if time.monotonic() > self.end:
@@ -150,6 +160,7 @@ class Peer:
             self.start()
         self.number += 1
         number, leaves, kept, blobs = self.number, [], [], []
+        end = time.monotonic() + self.seconds
 
         def tensor(t):
             if not t.requires_grad:
@@ -164,12 +175,13 @@ class Peer:
         def pack(value):
             blobs.clear()
             return wire.pack(value, blobs, tensor, other)
+
         arguments = pack([list(args), kwargs])
         self.send(name, {"kind": "call", "number": number, "name": name, "arguments": arguments,
                          "grad": torch.is_grad_enabled(),
                          "double": torch.get_default_dtype() == torch.float64}, blobs)
         while True:
-            message, blob = self.receive(name)
+            message, blob = self.receive(name, end)
             if not isinstance(message, dict) or message.get("kind") not in ("ask", "result"):
                 message = {"kind": "result", "error": "Broken", "words": "it sent no answer"}
             if message["kind"] == "result":
@@ -182,23 +194,13 @@ class Peer:
             self.send(name, {"kind": "reply", **reply}, blobs)
         if "error" in message:
             words = " ".join(str(message.get("words"))[:300].split())
-            error = ERRORS.get(message["error"], Body)
+            error = ERRORS.get(str(message["error"]), Body)
             raise error(words if error is not Body else f"{name}: {message['error']} {words}")
         return self.value(name, number, message.get("value"), blob, leaves)
-
-    def send(self, name, message, blobs):
-        from assignments import wire
-        try:
-            wire.send(self.socket, message, blobs, self.seconds)
-        except wire.Broken as error:
-            self.stop()
-            raise Body(f"{name}: {error}") from None
 
     def answer(self, message, blob, kept):
         """What a body asks of an object: an attribute that it may see, or a call of a method that
         it has been given."""
-        from assignments import wire
-
         def remote(kind, n):
             return kept[n]
         if "get" in message:
@@ -213,27 +215,24 @@ class Peer:
 
     def value(self, name, number, entry, blob, leaves):
         """What a call returned, joined to the gradients of what it was given."""
-        from assignments import wire
-
         def grows(t, entry):
             return bool(leaves) and entry.get("grad") is True and t.is_floating_point()
         outputs = []
         try:
             wire.unpack(entry, blob, lambda t, e: grows(t, e) and outputs.append(t))
-            joined = iter(graph().apply(self, name, number, outputs, *leaves) if outputs else ())
+            joined = iter(Call.apply(self, name, number, outputs, *leaves) if outputs else ())
             return wire.unpack(entry, blob, lambda t, e: next(joined) if grows(t, e) else t)
         except wire.Broken as error:
             raise Body(f"{name}: {error}") from None
 
     def backward(self, name, number, gradients):
         """The gradients of what a call was given."""
-        from assignments import wire
         if self.process is None:
             raise Body(f"{name}: its process ended")
         blobs = []
         packed = wire.pack(list(gradients), blobs)
         self.send(name, {"kind": "backward", "number": number, "gradients": packed}, blobs)
-        message, blob = self.receive(name)
+        message, blob = self.receive(name, time.monotonic() + self.seconds)
         words = "it sent no gradient"
         try:
             found = None if "error" in message else wire.unpack(message["value"], blob)
@@ -245,23 +244,18 @@ class Peer:
         raise Body(f"{name}: its gradient could not be computed: {words}")
 
 
-@functools.cache
-def graph():
-    """The node that stands for a call in the tests' autograd graph."""
-    import torch
+class Call(torch.autograd.Function):
+    """The node that stands for a call in the graph of the tests."""
 
-    class Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, peer, name, number, outputs, *leaves):
+        ctx.asked = peer, name, number
+        return tuple(outputs)
 
-        @staticmethod
-        def forward(ctx, peer, name, number, outputs, *leaves):
-            ctx.asked = peer, name, number
-            return tuple(outputs)
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            peer, name, number = ctx.asked
-            return None, None, None, None, *peer.backward(name, number, gradients)
-    return Call
+    @staticmethod
+    def backward(ctx, *gradients):
+        peer, name, number = ctx.asked
+        return None, None, None, None, *peer.backward(name, number, gradients)
 
 
 # -- the tests ------------------------------------------------------------------------------------

@@ -72,11 +72,17 @@ def imports(text):
 
 
 def without_tests(text, keep):
-    """A test file with these test functions alone; helpers and imports stay."""
-    lines = text.splitlines(keepends=True)
-    for node in reversed(ast.parse(text).body):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") \
-                and node.name not in keep:
+    """A test file with these test functions alone, and of the other functions those that they
+    use: a helper of another test may be an answer."""
+    lines, tree, keep = text.splitlines(keepends=True), ast.parse(text), set(keep)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for _ in functions:   # at most as many steps from one to the next
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef) or node.name in keep:
+                keep |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                keep |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}   # fixtures
+    for node in reversed(functions):
+        if node.name not in keep:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             del lines[first - 1:node.end_lineno]
     return re.sub(r"\n{4,}", "\n\n\n", "".join(lines)).rstrip("\n") + "\n"

@@ -124,6 +124,93 @@ ASSIGNMENTS = (
            4 gem_loss          test_gem_elsewhere
         """)),
     Assignment(
+        4, "Preferences",
+        bodies=("dpo.preference_loss", "dpo.implicit_rewards", "dpo.kto_loss", "dpo.DPO.logps",
+                "data.choose_pairs"),
+        also=("rm.reward_loss",),
+        # The gather is that of assignment 1.
+        known=("all_logprobs = torch.log_softmax(logits, dim=-1)",
+               "logits = model.completion_logits(*data.inputs(batch))",
+               'ids = batch["completion_ids"].unsqueeze(-1)'),
+        requirements=requirements("""
+        identities/test_preferences_by_hand.py
+               5 preference_loss   test_preference_loss_worked_example
+              10 preference_loss   test_preference_losses_worked_by_hand
+               3 preference_loss   test_preference_loss_treats_each_pair_by_itself
+               2 preference_loss   test_an_unknown_loss_type_names_the_choices
+        identities/test_dpo_optimum.py
+               5 preference_loss   test_dpo_gradient_vanishes_at_the_tilted_reference
+               5 preference_loss   test_dpo_gradient_closed_form
+               5 preference_loss   test_the_first_online_step_of_dpo_is_a_policy_gradient
+        identities/test_preference_losses.py
+               5 preference_loss   test_ipo_optimum
+               3 preference_loss   test_robust_loss_is_unbiased_under_flipped_labels
+               2 preference_loss   test_simpo_compares_means_and_dpo_sums
+               2 preference_loss   test_reference_free_losses_never_read_the_reference
+               3 preference_loss   test_orpo_gradient_closed_form
+        identities/test_preferences_by_hand.py
+               6 implicit_rewards  test_implicit_rewards_worked_by_hand
+               4 implicit_rewards  test_the_loss_is_a_function_of_the_margin_of_its_rewards
+        identities/test_kto.py
+               4 kto_loss          test_kto_loss_worked_by_hand
+               4 kto_loss          test_kto_gradient_closed_form
+        algorithms/test_dpo.py
+               6 logps             test_logps_sum_the_tokens_of_the_answer_and_its_end
+        identities/test_choose_pairs.py
+               6 choose_pairs      test_choose_pairs_worked_example
+        """),
+        hidden=requirements("""
+        test_4.py
+               8 preference_loss   test_losses_elsewhere
+               3 implicit_rewards  test_implicit_rewards_elsewhere
+               3 kto_loss          test_kto_elsewhere
+               3 logps             test_logps_elsewhere
+               3 choose_pairs      test_pairs_elsewhere
+        """)),
+    Assignment(
+        5, "RLHF",
+        bodies=("rm.reward_loss", "rm.answer_rewards", "ppo.token_rewards", "ppo.gae", "ppo.whiten",
+                "ppo.policy_loss", "ppo.value_loss"),
+        also=("grpo.policy_loss", "hybrid.policy_loss"),
+        known=(),
+        requirements=requirements("""
+        identities/test_reward_model.py
+               4 reward_loss       test_reward_loss_worked_examples
+               3 reward_loss       test_centring_is_the_square_of_the_sum
+               3 reward_loss       test_reward_loss_gradient_by_finite_differences
+        algorithms/test_rm.py
+               8 answer_rewards    test_answers_are_read_at_their_last_real_token
+        identities/test_kl_in_the_reward.py
+               5 token_rewards     test_token_rewards_worked_example
+               5 token_rewards     test_token_rewards_telescope
+               6 token_rewards     test_kl_in_the_reward_has_the_gradient_of_the_kl
+        identities/test_gae.py
+               6 gae               test_gae_worked_examples
+               4 gae               test_gae_at_both_ends
+               5 gae               test_padding_never_matters_to_credit
+        identities/test_kl_in_the_reward.py
+               5 gae               test_with_the_exact_critic_the_gradient_is_unbiased_for_every_lam
+               4 gae               test_with_a_wrong_critic_only_lam_1_is_unbiased
+        identities/test_ppo_math.py
+               6 policy_loss       test_policy_clip_worked_values_and_dead_zones
+        identities/test_kl_in_the_reward.py
+               3 policy_loss       test_the_policy_clip_is_pessimistic
+        identities/test_ppo_math.py
+               6 value_loss        test_value_clip_worked_values_and_dead_zones
+               4 whiten            test_whiten
+               3 whiten            test_whiten_by_the_tokens_of_a_larger_batch
+        """),
+        hidden=requirements("""
+        test_5.py
+               2 reward_loss       test_reward_loss_elsewhere
+               2 answer_rewards    test_answer_rewards_elsewhere
+               4 token_rewards     test_token_rewards_elsewhere
+               6 gae               test_gae_elsewhere
+               3 policy_loss       test_policy_loss_elsewhere
+               2 value_loss        test_value_loss_elsewhere
+               1 whiten            test_whiten_elsewhere
+        """)),
+    Assignment(
         6, "GRPO",
         bodies=("grpo.group_advantages", "grpo.token_weights", "grpo.policy_loss", "grpo.k3"),
         also=("ppo.policy_loss", "hybrid.group_advantages", "hybrid.policy_loss"),

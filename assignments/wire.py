@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-LARGEST = 64 << 20   # bytes of a message
+LARGEST = 16 << 20   # bytes of a message
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -39,7 +39,7 @@ def receive(socket, seconds=None):
     end = None if seconds is None else time.monotonic() + seconds
     lengths = struct.unpack("<QQ", exactly(socket, 16, end))
     if max(lengths) > LARGEST:
-        raise Broken("it returned more than 64 MB")
+        raise Broken("it returned more than 16 MB")
     text, blob = exactly(socket, lengths[0], end), exactly(socket, lengths[1], end)
     try:
         return json.loads(text), blob

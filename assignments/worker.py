@@ -45,8 +45,8 @@ def lock():
     limit(resource.RLIMIT_CORE, 0)
     if os.getuid() == 0:   # which no limit on processes binds
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
     limit(resource.RLIMIT_NPROC, 0)
 
 

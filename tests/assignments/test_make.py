@@ -256,7 +256,7 @@ def test_the_workflow_has_a_step_for_each_requirement():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["make", "9", "--out", "x"], "there is no assignment 9: choose from 1, 3, 6"),
+    (["make", "9", "--out", "x"], "there is no assignment 9: choose from 1, 3, 4, 5, 6"),
     (["make", "6"], "the following arguments are required: --out"),
     (["make", "6", "--out", "."], "is there already: choose another folder"),
     (["grade", "6", "nowhere"], "nowhere is no folder"),
