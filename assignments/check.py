@@ -189,9 +189,14 @@ def run(paths):
             watch.watch(importlib.import_module(module), name)
     keep = sys.stdout, sys.stderr
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    options = ["-vv", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--capture=no"]
+    groups = {}
+    for path in map(str, paths):
+        groups.setdefault(path.split("::")[0], []).append(path)
     try:
-        pytest.main(["-vv", "-p", "no:cacheprovider", "-p", "no:unraisableexception",
-                     "--continue-on-collection-errors", "--capture=no", *map(str, paths)], [watch])
+        if pytest.main([*options, *map(str, paths)], [watch]) == pytest.ExitCode.USAGE_ERROR:
+            for group in groups.values():   # a file that cannot be imported stops its own tests
+                pytest.main([*options, *group], [watch])
     finally:
         sys.stdout, sys.stderr = keep
     found = {}

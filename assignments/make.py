@@ -49,13 +49,15 @@ def tests(assignment):
     files = {path: without_tests((ROOT / path).read_text(), names)
              for path, names in wanted.items()}
     helpers = {path.stem: path for path in sorted(ROOT.glob("tests/**/*.py"))
-               if not path.name.startswith(("test_", "gallery"))}
-    due = ["conftest", *imports("".join(files.values()))]
+               if not path.name.startswith("gallery")}
+    due = [("conftest", ()), *(found for text in files.values() for found in imports(text))]
     while due:
-        name = due.pop()
-        path = helpers.get(name) and str(helpers[name].relative_to(ROOT))
+        name, wanted = due.pop()
+        path = name in helpers and str(helpers[name].relative_to(ROOT))
         if path and path not in files:
             files[path] = helpers[name].read_text()
+            if name.startswith("test_"):   # of another file of tests what is imported from it
+                files[path] = without_tests(files[path], wanted)
             if name == "conftest":   # without the fixtures for experiments, which are not copied
                 files[path] = re.sub(r"pytest_plugins = .*\n\n?", "", files[path])
             due += imports(files[path])
@@ -63,12 +65,12 @@ def tests(assignment):
 
 
 def imports(text):
-    """The modules that a file imports at its head."""
+    """The modules that a file imports at its head, each with the names that it takes from it."""
     for node in ast.iter_child_nodes(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, ()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            yield node.module, tuple(alias.name for alias in node.names)
 
 
 def without_tests(text, keep):

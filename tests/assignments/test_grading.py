@@ -5,8 +5,8 @@ process, against the same tests.
 """
 
 import json
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -185,6 +185,15 @@ def test_a_wrong_solution_loses_what_it_should(number, wrong):
 
 
 @pytest.mark.parametrize("number", WRONG)
+def test_what_is_left_out_elsewhere_is_not_needed(number):
+    """With the bodies written, all tests hold beside the stubs of the other files."""
+    assignment = table.assignment(number)
+    files = make.code(assignment)
+    why = run_here(assignment, {f: files[f] for f in files if f not in assignment.files()})
+    assert not any(why.values())
+
+
+@pytest.mark.parametrize("number", WRONG)
 def test_a_copy_as_it_was_handed_out_earns_nothing(number):
     """Not one test holds, visible or hidden, without the bodies; and each says which is missing."""
     assignment = table.assignment(number)
@@ -192,15 +201,26 @@ def test_a_copy_as_it_was_handed_out_earns_nothing(number):
     assert all(reason and "yours to write" in reason for reason in why.values())
 
 
+# The judge of all assignments at a time: every body is called in the other process.
+ALL_TOGETHER = """
+from assignments import judge, table
+parts = [sum((getattr(one, part) for one in table.ASSIGNMENTS), ()) for part in
+         ("bodies", "requirements", "hidden")]
+table.ASSIGNMENTS = (table.Assignment(0, "all", parts[0], (), (), *parts[1:]),)
+judge.main()
+"""
+
+
 def test_the_project_itself_earns_everything(tmp_path, capsys, monkeypatch):
-    """Through the grader, from the project's own folder: a table, and a results.json as Gradescope
-    reads it."""
-    def graded(number):
-        return grade.ask(table.assignment(number), ROOT, "salt", 20)
-    with ThreadPoolExecutor(2) as pool:   # a process each
-        for number, why in zip(WRONG, pool.map(graded, WRONG)):
-            score = grade.results(table.assignment(number), why)["score"]
-            assert score == 100, {test: reason for test, reason in why.items() if reason}
+    """Through the judge, from the project's own folder; then a table, and a results.json as
+    Gradescope reads it."""
+    asked = json.dumps({"number": 0, "folder": str(ROOT), "salt": "salt", "seconds": 60})
+    done = subprocess.run([sys.executable, "-c", ALL_TOGETHER], cwd=ROOT, input=asked,
+                          capture_output=True, text=True, timeout=600)
+    why = json.loads(done.stdout)
+    assert {test: reason for test, reason in why.items() if reason} == {}
+    for assignment in table.ASSIGNMENTS:
+        assert grade.results(assignment, why)["score"] == 100
     why = dict.fromkeys(test.rsplit("/", 1)[-1] for test in table.assignment(6).tests())
     monkeypatch.setattr(grade, "ask", lambda *asked: why)
     grade.grade(table.assignment(6), [ROOT], tmp_path / "6")

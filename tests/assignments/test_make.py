@@ -2,6 +2,7 @@
 and what a student sees."""
 
 import ast
+import builtins
 import json
 import re
 import subprocess
@@ -159,6 +160,26 @@ def test_nothing_that_tells_is_copied(assignment):
     rights = {bug.right.strip().splitlines()[0].strip() for bug in OTHERS + LOSSES}
     for line in answers & rights - set(assignment.known):
         assert line not in everything
+
+
+@ASSIGNMENTS
+def test_nothing_that_is_needed_is_left_out(assignment):
+    """Every module that a copied test file imports is copied or no part of the project, and every
+    name that it uses is there."""
+    files = make.tests(assignment)
+    ours = {path.stem for path in ROOT.glob("**/*.py")}
+    there = {path.split("/")[-1][:-3] for path in (*files, *make.code(assignment))}
+    for path, text in files.items():
+        nodes = list(ast.walk(ast.parse(text)))
+        modules = {name.split(".")[0] for name, _ in make.imports(text)}
+        assert modules & ours <= there | {"harness"}, path
+        known = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        known |= {n.arg for n in nodes if isinstance(n, ast.arg)} | set(dir(builtins))
+        known |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        known |= {(a.asname or a.name).split(".")[0] for n in nodes
+                  if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert used - known <= {"__file__"}, path
 
 
 @ASSIGNMENTS
