@@ -3,6 +3,7 @@ Attacks on the grader: functions that exit, loop, lie, patch, spy, read, write a
 a student's body is. None earns anything, and the judge goes on.
 """
 
+import ctypes
 import json
 import pathlib
 import socket
@@ -257,11 +258,19 @@ def test_forged_messages_are_no_values(call):
     assert "it sent what is no" in refused(call, "forges")
 
 
+def landlock():
+    """The version of the kernel's sandbox; 0: there is none."""
+    return max(ctypes.CDLL(None).syscall(444, None, 0, 1), 0) if sys.platform == "linux" else 0
+
+
 @LINUX
-@pytest.mark.parametrize("name", ["reads", "lists", "writes", "removes", "connects", "forks",
-                                  "runs", "kills"])
-def test_the_outside_is_shut(call, name):
+@pytest.mark.parametrize("name, version", [
+    ("reads", 1), ("lists", 1), ("writes", 1), ("removes", 1), ("connects", 4), ("forks", 0),
+    ("runs", 0), ("kills", 6)])
+def test_the_outside_is_shut(call, name, version):
     """No other file is read, written or removed, nothing is connected, started or killed."""
+    if landlock() < version:
+        pytest.skip(f"this kernel lacks version {version} of Landlock")
     assert refused(call, name)
 
 
