@@ -24,15 +24,16 @@ MISSING = "yours to write"
 # -- bodies and what is around them ---------------------------------------------------------------
 
 
-def find(text, name):
-    """The syntax tree of a function by its dotted name in the file, `token_losses` or
-    `SFT.logprobs`; None if it is not there."""
-    node = ast.parse(text)
+def find(tree, name):
+    """A function in a syntax tree (or in a text) by its dotted name, `token_losses` or
+    `SFT.logprobs`: the last of that name, as in Python. None if it is not there."""
+    node = ast.parse(tree) if isinstance(tree, str) else tree
     for part in name.split("."):
-        node = next((n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-                     and n.name == part), None)
-        if node is None:
+        found = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+                 and n.name == part]
+        if not found:
             return None
+        node = found[-1]
     return node if isinstance(node, ast.FunctionDef) else None
 
 
@@ -60,9 +61,9 @@ def cut(text, messages):
     """The text with bodies replaced by an exception: {dotted name: message}. Signatures,
     docstrings, comments outside and all other lines stay byte for byte. Raises ValueError for a
     name that is not there."""
-    lines, spans = text.splitlines(keepends=True), []
+    lines, tree, spans = text.splitlines(keepends=True), ast.parse(text), []
     for name, message in messages.items():
-        node = find(text, name)
+        node = find(tree, name)
         if node is None:
             raise ValueError(f"there is no function {name}")
         indent = " " * (node.col_offset + 4)

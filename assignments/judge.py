@@ -59,9 +59,7 @@ def graft(text, theirs, names):
     """
     tree, wrong = ast.parse(text), {}
     for name in names:
-        scope = tree
-        for part in name.split("."):
-            scope = next(n for n in scope.body if getattr(n, "name", None) == part)
+        scope = check.find(tree, name)
         pristine = scope.body
         try:
             node = check.find(theirs, name)

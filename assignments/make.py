@@ -4,6 +4,7 @@ and without what would give them away, and with the tests that are the requireme
 """
 
 import ast
+import functools
 import json
 import os
 import pathlib
@@ -22,12 +23,17 @@ COMMIT = {"GIT_AUTHOR_NAME": "Course", "GIT_AUTHOR_EMAIL": "course@example.org",
           "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z", "GIT_CONFIG_NOSYSTEM": "1"}
 
 
+@functools.cache
+def read():
+    """The project's own files, {path: text}."""
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")])
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+
+
 def code(assignment):
     """The project's files with the named bodies cut, {path: text}. What gives one away in another
     file says so where it stood."""
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
-    files = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(paths)}
-    messages = {}
+    files, messages = dict(read()), {}
     for name in assignment.bodies:
         messages.setdefault(name.split(".")[0], {})[name] = f"{name}: {check.MISSING}"
     for name in assignment.also:

@@ -252,8 +252,8 @@ def other():
 
 
 def test_the_named_bodies_alone_are_taken():
-    """By syntax tree: neither other functions nor the module's code, nor signature, decorators and
-    docstring of the student's function."""
+    """By syntax tree, where there are two the last: neither other functions nor the module's code,
+    nor signature, decorators and docstring of the student's function."""
     theirs = '''import evil
 print("10 of 10 points")
 
@@ -268,7 +268,7 @@ def double(y, x=evil.x):
 def other():
     return evil.x
 '''
-    text, wrong = judge.graft(PRISTINE, theirs, ["double"])
+    text, wrong = judge.graft(PRISTINE, "def double(x): return 0\n" + theirs, ["double"])
     assert wrong == {} and text == PRISTINE.replace(
         "    raise NotImplementedError(\"m.double: yours to write\")\n",
         "    import math\n    return math.prod([2, x])\n").replace("\n\n\n", "\n\n").rstrip("\n")
