@@ -36,8 +36,9 @@ def code(assignment):
     files, messages = dict(read()), {}
     for name in assignment.bodies:
         messages.setdefault(name.split(".")[0], {})[name] = f"{name}: {check.MISSING}"
+    theirs = " and ".join(assignment.files()) + (" are" if len(assignment.files()) > 1 else " is")
     for name in assignment.also:
-        why = f"{name}: left out while {assignment.bodies[0].split('.')[0]}.py is {check.MISSING}"
+        why = f"{name}: left out, as {theirs} {check.MISSING}"
         messages.setdefault(name.split(".")[0], {})[name] = why
     for module, found in messages.items():
         files[f"{module}.py"] = check.cut(files[f"{module}.py"], {
