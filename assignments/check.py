@@ -139,7 +139,8 @@ def reason(excinfo, item, misses):
     for file, at, found, expected in reversed(misses):
         if file == str(entry.path) and at in lines and "not close" not in statement:
             return difference(found, expected) + example(item)
-    claim = re.sub(r"approx\((.*)\)$", r"\1", re.sub(r" ± [^,)]+", "", line[7:]))
+    claim = re.sub(r" ± [^,)]+", "", line.removeprefix("assert "))
+    claim = re.sub(r"approx\((.*)\)$", r"\1", claim)
     if not re.search(" [=!<>]=? | in ", claim) or len(claim) > 160:   # it says less than the code
         claim = " ".join(statement.split()).removeprefix("assert ")
     claim = claim[claim.startswith("(") and claim.count("(") > claim.count(")"):]
@@ -167,7 +168,11 @@ class Watch:
     def pytest_runtest_makereport(self, item, call):
         key = f"{item.path.name}::{item.originalname}"
         if call.excinfo is not None:
-            self.why.setdefault(key, reason(call.excinfo, item, self.misses))
+            try:
+                why = reason(call.excinfo, item, self.misses)
+            except Exception as error:   # of what was returned: the test has failed all the same
+                why = f"what was found cannot be shown ({type(error).__name__})"
+            self.why.setdefault(key, why)
         if call.when == "call":
             self.ran[key] = self.ran.get(key, 0) + 1
             self.misses.clear()

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -260,8 +261,18 @@ def test_reasons_are_short():
     assert check.difference([[0] * 5] * 2, [[0] * 5, [0, 0, 1.5, 0, 0]]) == (
         "at [1, 2] found 0, expected 1.5; 1 of 10 are off")
     assert check.difference([1, 2], [1, 2, 3]) == "found shape (), expected ()"
+    assert check.difference("text", [1]) == "found shape (), expected ()"
     assert check.first_sentence("The clip (PPO, 1707.06347, eq. 7) cuts. And so on.") == (
         "The clip cuts.")
+
+
+def test_a_failure_that_cannot_be_told_is_a_failure():
+    """Whatever a body returned, the report of one test never stops the others."""
+    watch = check.Watch()
+    watch.pytest_runtest_makereport(
+        SimpleNamespace(path=ROOT / "test_x.py", originalname="test_y"),
+        SimpleNamespace(excinfo="no such thing", when="call"))
+    assert watch.why == {"test_x.py::test_y": "what was found cannot be shown (AttributeError)"}
 
 
 def test_the_workflow_has_a_step_for_each_requirement():
