@@ -114,8 +114,10 @@ def asks(x):
     return x.__class__.__mro__
 
 def asks_on(x):
+    import time
     while True:
         x.encode("a")
+        time.sleep(0.1)
 
 def reaches(x):
     return x.encode.__globals__
@@ -281,7 +283,7 @@ def test_a_folder_of_tricks_earns_nothing(tmp_path):
     make.write(make.copy_of(assignment), folder)
     trick = f"open({str(sign)!r}, 'w')\n"
     bodies = {"group_advantages": "print('100 of 100 points')\n    import os; os._exit(0)",
-              "token_weights": "while True: pass",
+              "token_weights": "return __import__('os')",
               "policy_loss": "import sys\n    sys.modules['torch'].allclose = lambda *a: True\n"
                              "    return logprobs, logprobs, logprobs > 0",
               "k3": "class Equal:\n        def __eq__(self, other): return True\n"
@@ -299,6 +301,6 @@ def test_a_folder_of_tricks_earns_nothing(tmp_path):
     [found] = grade.grade(assignment, [folder], tmp_path / "out", seconds=3).values()
     assert found["score"] == 0 and not sign.exists()
     outputs = " ".join(test["output"] for test in found["tests"])
-    for words in ("group_advantages: its process ended", "did not return within 3 seconds",
+    for words in ("group_advantages: its process ended", "a value of type module",
                   "a value of type Equal"):
         assert words in outputs
