@@ -13,7 +13,7 @@ Here       A base that saw chains worked out in a textbook and then in one every
            often than bare ones: skill and habit are both buried. 64 demonstrations.
            SFT makes 50 updates of 32; what samples makes 120 updates of 16 prompts with 16 answers
            each, the hybrid among them, though a chain has its SFT besides. The hybrid is the plain
-           sum; RESULTS.md has twelve more, in a longer run. Worked answers have seven times the
+           sum; assets/results has twelve more, in a longer run. Worked answers have seven times the
            tokens of bare ones, so GRPO runs once more with 7.4 times the updates.
            And the threshold: GRPO from bases with a worked share of 0, .06 and .3 (the default).
            Every base had the textbook: nothing here says what a skill costs that was never taught,
@@ -35,7 +35,7 @@ Rule       In held-out accuracy, paired by seed, each interval compared with its
            cannot be told       any other case
            The hybrid, the order and the threshold are effects, no part of the rule.
 
-Time       15 minutes on one core (45 runs); the two base models, which others share, 2 more.
+Time       20 minutes on one core (55 runs); the eight base models, which others share, 7 more.
 """
 
 import os

@@ -8,8 +8,8 @@ import os
 import common
 import pytest
 from conftest import TASK
+from experiment_helpers import experiment, read
 from runs_helpers import metrics, same, summary, weights
-from test_experiments import experiment, in_process, own_folder, read   # noqa: F401  (fixtures)
 
 TINY = [*map(str, TASK), "--max_steps", "1", "--batch_size", "4", "--num_generations", "4",
         "--eval_steps", "1"]
@@ -24,8 +24,13 @@ def measure(model, tokenizer, task, config):
             "proxy at 1": 2.0}
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
-def finished(tiny_base, in_process):   # noqa: F811
+def finished(tiny_base, in_process):
     this = experiment(tiny_base, ARMS={"RM": ARM, "RM, .1": f"{ARM}:beta=0.1"}, FIRST=FIRST,
                       FLAGS=["--init_from", str(tiny_base), *TINY], BASES=2, SWEEP_SEEDS=0,
                       verdict=lambda figures: (common.UNCLEAR, {}), measure=measure,
