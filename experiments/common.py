@@ -12,6 +12,7 @@ An experiment is a script of its own, run by `python experiments/NAME.py [--seed
 and, where it needs them,
 
     BASES                     how many base models: seed s starts from base s % BASES [1]
+    SEEDS                     how many seeds, where five do not tell [5]
     FIRST                     commands of train.py, for what the arms need besides a base model
     measure                   figures of a finished run that train.py does not print
     extra                     (asked, the arms so far) -> {name: figures} of what is no run of
@@ -117,18 +118,18 @@ def compared(effect, margin):
 # -- flags ----------------------------------------------------------------------------------------
 
 
-def parse(name, doc, argv):
-    """The flags that all experiments have. Raises InputError."""
+def parse(name, doc, argv, seeds=5):
+    """The flags that all experiments have; seeds: the default. Raises InputError."""
     parser = flags.Parser(prog=f"{name}.py", description=doc, allow_abbrev=False,
                           usage=f"python experiments/{name}.py [--seeds N] [--quick] [--jobs N]",
                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help="how many seeds [5; with --quick 1]")
+    parser.add_argument("--seeds", type=int, help=f"how many seeds [{seeds}; with --quick 1]")
     parser.add_argument("--quick", action="store_true",
                         help="one seed, few steps, no sweep: does it run? It gives no verdict")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time [1]")
     asked = parser.parse_args(flags.underscores(argv))
     if asked.seeds is None:
-        asked.seeds = 1 if asked.quick else 5
+        asked.seeds = 1 if asked.quick else seeds
     if not 1 <= asked.seeds <= SWEEP_SEED:
         raise InputError(f"--seeds {asked.seeds}: 1 to {SWEEP_SEED} are possible")
     if asked.jobs < 1:
@@ -342,7 +343,7 @@ def main(experiment, argv):
     """Run an experiment, the module of a script -> exit code. Results go to experiments/results/,
     those of --quick to out/quick/."""
     name = os.path.basename(experiment.__file__).removesuffix(".py")
-    asked = parse(name, experiment.__doc__, argv)
+    asked = parse(name, experiment.__doc__, argv, getattr(experiment, "SEEDS", 5))
     words, common, folder = experiment.ARMS, experiment.FLAGS, "experiments/results"
     if asked.quick:
         words, common = experiment.QUICK_ARMS, [*common, *experiment.QUICK_FLAGS]

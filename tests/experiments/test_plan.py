@@ -44,6 +44,14 @@ def test_every_seed_has_the_start_of_its_base(tiny_base, made_up, monkeypatch):
     assert read()["settings"]["bases"] == 2
 
 
+def test_more_seeds_where_five_do_not_tell(tiny_base, made_up):
+    """SEEDS is the default of --seeds; --quick has one all the same."""
+    assert common.main(experiment(tiny_base, SEEDS=7), []) == 0
+    assert read()["arms"]["SFT"]["seeds"] == list(range(7))
+    assert common.main(experiment(tiny_base, SEEDS=7), ["--quick"]) == 0
+    assert read("out/quick/made_up.json")["arms"]["SFT"]["seeds"] == [0]
+
+
 def test_a_measure_of_its_own(tiny_base, in_process):
     """It judges each finished run, and the start once: here by the size of the weights, which is
     read from the checkpoints once more. The rule gets both."""
