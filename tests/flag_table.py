@@ -176,7 +176,6 @@ IMITATES = Same("it imitates a text that is given, and rewards nothing")
 EXCEPTIONS = {
     ("pretrain", "init_from"): ["{folder}/other-base", "", REFUSED],    # it starts from noise
     ("pretrain", "seed"): ["1", "", REFUSED],                           # it is --base_seed
-    ("rm", "seed"): ["1", "", REFUSED],
     ("pretrain", "task"): ["countdown"],
     ("pretrain", "min_terms"): ["3", "--max_terms=3"],
     ("pretrain", "max_terms"): ["3"],
