@@ -149,11 +149,15 @@ def added_up(summaries):
             "peak_memory_mb": max(memory, default=None), "before": first["before"]}
 
 
+def start_of(config):
+    """The folder of the model that a run starts from: its base model, if no other is named."""
+    return config.init_from or base_folder(config, train.ALGORITHMS)
+
+
 def kl_to_base(first, last):
     """eval/kl of a chain's last model to the model that its first stage started from."""
-    start = first.init_from or base_folder(first, train.ALGORITHMS)
     model, base = (checkpoint.build_model(checkpoint.read(path), last.device)
-                   for path in (last.out_dir, start))
+                   for path in (last.out_dir, start_of(first)))
     task = prepare.make_task(last, model.config.block_size)
     tokenizer = data.Tokenizer(last.tokenizer)
     return evaluate.judge_answers(model, base, tokenizer, task, last, full=True)["eval/kl"]

@@ -14,7 +14,9 @@ and, where it needs them,
     BASES                     how many base models: seed s starts from base s % BASES [1]
     SEEDS                     how many seeds, where five do not tell [5]
     FIRST                     commands of train.py, for what the arms need besides a base model
-    measure                   figures of a finished run that train.py does not print
+    measure                   (model, tokenizer, task, config) -> {name: figure}, what train.py
+                              does not print, of each finished run
+    START                     whether `measure` also judges what the runs start from [True]
     extra                     (asked, the arms so far) -> {name: figures} of what is no run of
                               train.py, None after Ctrl-C; they join the arms' figures
     SHOWN                     the arms that the picture shows [all]
@@ -178,11 +180,6 @@ def make_first(words, common, seeds, bases, asked, commands):
     return make(first) and make(harness_arms.check(planned, train.ALGORITHMS))
 
 
-def start_of(config):
-    """The folder of the base model that a run, or its chain, starts from."""
-    return config.init_from or harness_arms.base_folder(config, train.ALGORITHMS)
-
-
 def measured(measure, folder, config):
     """measure(model, tokenizer, task, config) -> {name: number}, for the model in a folder."""
     model = checkpoint.build_model(checkpoint.read(folder), config.device)
@@ -190,20 +187,20 @@ def measured(measure, folder, config):
     return measure(model, data.Tokenizer(config.tokenizer), task, config)
 
 
-def rows(planned, jobs, measure=None):
+def rows(planned, jobs, measure=None, start=True):
     """Run what was planned -> the rows of compare.json, None after Ctrl-C. What `measure` finds
-    stands under "measured", that of the start under "start"."""
+    stands under "measured"; with start, what it finds of the start stands under "start"."""
     made = compare.run_all(planned, jobs)
     if made is None:
         return None
     found, starts = [compare.result(arm, made) for arm in planned], {}
     if measure:
         for arm, row in zip(tqdm(planned, desc="judging", unit="run"), found):
-            config, start = arm.stages[-1].config, start_of(arm.stages[0].config)
+            config, folder = arm.stages[-1].config, compare.start_of(arm.stages[0].config)
             row["measured"] = measured(measure, config.out_dir, config)
-            if start not in starts:
-                starts[start] = measured(measure, start, config)
-            row["start"] = starts[start]
+            if start and folder not in starts:
+                starts[folder] = measured(measure, folder, config)
+            row["start"] = starts.get(folder, {})
     return found
 
 
@@ -257,7 +254,8 @@ def run_arms(experiment, words, common, asked):
     # An arm may have chosen what another arm is.
     planned = plan(dict.fromkeys(chosen.values()), common, range(asked.seeds), bases)
     print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)
-    results = rows(planned, asked.jobs, getattr(experiment, "measure", None))
+    results = rows(planned, asked.jobs, getattr(experiment, "measure", None),
+                   getattr(experiment, "START", True))
     if results is None:
         return None
     by_word = report.by_arm(results)

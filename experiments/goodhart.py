@@ -43,6 +43,7 @@ from types import SimpleNamespace
 import common
 import torch
 
+import compare
 import data
 import tasks
 from harness import checkpoint, evaluate, prepare
@@ -62,6 +63,7 @@ QUICK_ARMS = {arm: ARMS[arm] for arm in ("verifier", *LEARNED, "beta 1")}
 QUICK_FLAGS = ["--max_steps", "10", "--eval_steps", "5", "--eval_problems", "32"]
 SWEEP_SEEDS = 0
 BASES = 2
+START = False   # the course is that of a run
 MARGIN = 0.05
 STEPS, BEST_OF = range(10, 60, 10), (4, 16, 64)
 
@@ -120,11 +122,8 @@ kept = {}   # a reward model's folder -> its scores of those answers, which seve
 
 def measure(model, tokenizer, task, config):
     """The course of the run; with a learned reward also the proxy, how often the reward model ranks
-    a held-out pair right, and best of n. Nothing of the start itself."""
-    folder, judged_by = common.start_of(config), config.reward_model
-    start = checkpoint.build_model(checkpoint.read(folder), config.device)
-    if torch.equal(next(model.parameters()), next(start.parameters())):
-        return {}
+    a held-out pair right, and best of n."""
+    folder, judged_by = compare.start_of(config), config.reward_model
     with open(os.path.join(config.out_dir, "metrics.jsonl")) as file:
         found = course([json.loads(line) for line in file])
     if not judged_by:

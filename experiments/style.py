@@ -41,6 +41,7 @@ Time       20 minutes on one core (77 runs); the base models, which others share
 import sys
 
 import common
+import compare
 import torch
 from harness import checkpoint, evaluate
 
@@ -64,7 +65,7 @@ MARGIN, LEARNED = 0.05, 0.9
 @torch.no_grad()
 def measure(model, tokenizer, task, config):
     """{"forward KL": KL(base || policy) along the base's answers to held-out problems}"""
-    base = checkpoint.build_model(checkpoint.read(common.start_of(config)), config.device)
+    base = checkpoint.build_model(checkpoint.read(compare.start_of(config)), config.device)
     problems = evaluate.held_out(task, "test", config.eval_problems)
     _, _, _, kl = evaluate.answers(base, tokenizer, task, problems, config, ref_model=model)
     return {"forward KL": max(0.0, kl.mean().item())}   # rounding may fall below 0

@@ -26,6 +26,24 @@ ARMS = {"SFT": "sft:learning_rate=1e-4|1e-3|1e-2", "DFT": "dft:learning_rate=1e-
 RESULT = "experiments/results/made_up.json"
 
 
+def around(mean, width=0.01):
+    """Five seeds about a mean, +-width; a list of figures stays as it is."""
+    if isinstance(mean, list):
+        return mean
+    return [mean + width * shift for shift in (-1, -0.5, 0, 0.5, 1)]
+
+
+def scattered(mean, width=0.1):
+    """Five seeds that do not agree, and not in the order of `around`."""
+    return [mean + width * shift for shift in (3, -3, 1, -2, 1)]
+
+
+def first_seed(figures):
+    """What one seed gives."""
+    return {arm: {name: values[:1] for name, values in found.items()}
+            for arm, found in figures.items()}
+
+
 def experiment(tiny_base, **changes):
     """A module like that of a script, whose rule is the difference of two arms."""
     def verdict(figures):
@@ -72,7 +90,7 @@ def made_up(monkeypatch):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The runs happen in this process. -> their commands"""
+    """The runs of a comparison happen in this process. -> their commands"""
     commands = []
 
     def start(command, stdout, stderr, text):

@@ -78,6 +78,9 @@ def test_a_measure_of_its_own(tiny_base, in_process):
     assert len(seen) == 3 and len(set(expected)) == 3
     assert sizes == expected[:2] and before == [expected[2]] * 2
     assert given[0]["SFT"]["size"] == sizes and given[0]["base"]["symbols"] == [258, 258]
+    this.START, this.verdict = False, lambda figures: (common.HOLDS, {})   # the runs alone
+    assert common.main(this, ["--seeds", "2"]) == 0 and len(seen) == 3 + 2
+    assert "size" not in read()["base"] and read()["arms"]["SFT"]["figures"]["size"] == sizes
 
 
 def test_another_choice(tiny_base, made_up):

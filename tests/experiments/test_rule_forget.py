@@ -5,16 +5,7 @@ The rule of experiments/forget.py on figures made up for each outcome, and its c
 import common
 import forget
 import pytest
-
-
-def around(mean):
-    """Five seeds about a mean, +-.01."""
-    return [mean + shift for shift in (-0.01, -0.005, 0, 0.005, 0.01)]
-
-
-def scattered(mean):
-    """Five seeds that do not agree, and not in the order of `around`."""
-    return [mean + shift for shift in (0.3, -0.3, 0.1, -0.2, 0.1)]
+from experiment_helpers import around, first_seed, scattered
 
 
 def of_forget(accuracy=0.98, **kept):
@@ -23,7 +14,7 @@ def of_forget(accuracy=0.98, **kept):
     figures = {}
     for arm in forget.ARMS:
         value = kept.get(arm.replace(" at ", "").replace("-", ""), 0.6)
-        value = value if isinstance(value, list) else around(value)
+        value = around(value)
         figures[arm] = {"accuracy": around(accuracy), "reversing": value, "facts": value,
                         "KL": around(1)}
     return figures
@@ -65,9 +56,7 @@ def test_the_effects_of_forget_have_their_sign():
 
 
 def test_one_seed_concludes_nothing():
-    figures = {arm: {name: values[:1] for name, values in found.items()}
-               for arm, found in of_forget(GRPO=0.9, GRPO1e3=0.9).items()}
-    assert forget.verdict(figures)[0] == common.UNCLEAR
+    assert forget.verdict(first_seed(of_forget(GRPO=0.9, GRPO1e3=0.9)))[0] == common.UNCLEAR
 
 
 def test_kept_is_the_mean_of_both_skills():

@@ -9,7 +9,7 @@ import common
 import goodhart
 import pytest
 import torch
-from test_verdicts import around, scattered
+from experiment_helpers import around, scattered
 
 SMALL, MIDDLE, LARGE = goodhart.SIZES
 HELD = "holds with a condition: the fall with "
@@ -25,11 +25,11 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     proxies = proxy if isinstance(proxy, tuple) else (proxy,) * 3
     found = {}
     for arm, mean in means.items():
-        values = (mean if isinstance(mean, list) else around(mean)[0])[:seeds]
-        found[names.get(arm, arm)] = {"accuracy": values, "best": around(0.8)[0][:seeds],
-                                      "best of 64": around(0.7)[0][:seeds]}
+        values = around(mean)[:seeds]
+        found[names.get(arm, arm)] = {"accuracy": values, "best": around(0.8)[:seeds],
+                                      "best of 64": around(0.7)[:seeds]}
     for size, value in zip(goodhart.SIZES, proxies):
-        found[size]["proxy"] = (value if isinstance(value, list) else around(value)[0])[:seeds]
+        found[size]["proxy"] = around(value)[:seeds]
     return found
 
 

@@ -10,25 +10,16 @@ import length
 import pytest
 import tasks
 import torch
+from experiment_helpers import around, first_seed, scattered
 from harness import evaluate
-
-
-def around(mean):
-    """Five seeds about a mean, +-.1 token."""
-    return [mean + shift for shift in (-0.1, -0.05, 0, 0.05, 0.1)]
-
-
-def scattered(mean):
-    """Five seeds that do not agree, and not in the order of `around`."""
-    return [mean + shift for shift in (6, -6, 2, -4, 2)]
 
 
 def of_length(**wrong):
     """Figures of the base and the arms: wrong answers of 10 tokens, right ones of 8. Those of the
     second rate have wrong answers of 30, which the rule does not read."""
     found = {arm: wrong.get(arm, 30 if "5e-4" in arm else 10) for arm in ("base", *length.ARMS)}
-    return {arm: {"wrong": value if isinstance(value, list) else around(value),
-                  "right": around(8)} for arm, value in found.items()}
+    return {arm: {"wrong": around(value, 0.1), "right": around(8, 0.1)}
+            for arm, value in found.items()}
 
 
 @pytest.mark.parametrize("wrong, expected", [
@@ -43,18 +34,16 @@ def of_length(**wrong):
     ({"grpo": 10.8}, common.FAILS),                       # longer by less than a token
     ({"grpo": 15, "dapo": 15, "dr_grpo": 15}, common.FAILS),   # all grow alike
     ({"grpo": 5}, common.FAILS),                          # the others' are longer
-    ({"grpo": scattered(15), "base": around(8)}, common.UNCLEAR),
-    ({"grpo": 15, "base": scattered(12)}, common.UNCLEAR),
-    ({"grpo": 15, "dapo": scattered(12)}, common.UNCLEAR),
+    ({"grpo": scattered(15, 2), "base": around(8, 0.1)}, common.UNCLEAR),
+    ({"grpo": 15, "base": scattered(12, 2)}, common.UNCLEAR),
+    ({"grpo": 15, "dapo": scattered(12, 2)}, common.UNCLEAR),
     ({"grpo": 15, "dapo": 15, "base": 15}, common.UNCLEAR)])
 def test_the_rule_of_length(wrong, expected):
     assert length.verdict(of_length(**wrong))[0] == expected
 
 
 def test_one_seed_concludes_nothing():
-    figures = {arm: {name: values[:1] for name, values in found.items()}
-               for arm, found in of_length(grpo=15).items()}
-    assert length.verdict(figures)[0] == common.UNCLEAR
+    assert length.verdict(first_seed(of_length(grpo=15)))[0] == common.UNCLEAR
 
 
 def test_an_arm_of_the_second_rate_is_compared_with_its_own():
@@ -68,7 +57,7 @@ def test_an_arm_of_the_second_rate_is_compared_with_its_own():
 def test_the_effects_of_length_have_their_sign():
     """By hand: 15 tokens with grpo are 3 more than with dr_grpo, 1 less than with dapo."""
     figures = of_length(base=9, grpo=15, dr_grpo=12, dapo=16)
-    figures["grpo"]["right"] = around(7)
+    figures["grpo"]["right"] = around(7, 0.1)
     _, effects = length.verdict(figures)
     for name, value in (("wrong answers, grpo - base", 6), ("wrong answers, grpo - dr_grpo", 3),
                         ("wrong answers, grpo - dapo", -1), ("wrong answers, dapo - base", 7),

@@ -10,8 +10,8 @@ import common
 import pytest
 import rare
 import tasks
+from experiment_helpers import around, scattered
 from harness import evaluate
-from test_verdicts import around, scattered
 
 START, ALONE, FEW, BOTH = 0.44, 0.49, 0.45, 0.98
 
@@ -24,7 +24,7 @@ def figures(seeds=5, **accuracy):
     names = {"tokens": rare.LONGER, "chain": "SFT>GRPO", "order": "GRPO>SFT"}
     found = {}
     for arm, mean in means.items():
-        values = (mean if isinstance(mean, list) else around(mean)[0])[:seeds]
+        values = around(mean)[:seeds]
         found[names.get(arm, arm)] = {"accuracy": values, "ood": [v / 2 for v in values]}
     return found
 

@@ -13,8 +13,8 @@ import sampler
 import torch
 import train
 from conftest import TASK
+from experiment_helpers import around, first_seed, scattered
 from harness import arms as harness_arms
-from test_verdicts import around, scattered
 
 ARMS = {"online": 0.98, "every 10": 0.96, "offline": 0.85, "online, moving": 0.97,
         "every 10, moving": 0.95}
@@ -31,10 +31,10 @@ def figures(away=0.0, **accuracy):
     assert set(given) <= set(ARMS)
     found = {}
     for arm, value in {**ARMS, **REPLAYS, **given}.items():
-        value = value if isinstance(value, list) else around(value)[0]
+        value = around(value)
         found[arm] = {"accuracy": value, "ood": [v / 2 for v in value], "KL": value,
                       "parameters": [0.0] * 4 + [away]}
-    return {"base": {"accuracy": around(0.48)[0]}, **found}
+    return {"base": {"accuracy": around(0.48)}, **found}
 
 
 @pytest.mark.parametrize("accuracy, expected", [
@@ -57,9 +57,7 @@ def test_the_rule(accuracy, expected):
 
 
 def test_one_seed_concludes_nothing():
-    one = {arm: {name: values[:1] for name, values in found.items()}
-           for arm, found in figures().items()}
-    assert sampler.verdict(one)[0] == common.UNCLEAR
+    assert sampler.verdict(first_seed(figures()))[0] == common.UNCLEAR
 
 
 def test_the_effects_have_their_sign():

@@ -5,8 +5,8 @@ import pytest
 import sharpen
 import tasks
 import torch
+from experiment_helpers import around, first_seed, scattered
 from harness import evaluate
-from test_verdicts import around, scattered
 
 BASE = (0.4, 0.99)   # pass@1 and pass@64
 
@@ -17,8 +17,7 @@ def of_sharpen(**arms):
     values = {"base": BASE, "GRPO": (0.52, 0.85), **arms}
     figures = {}
     for arm in ("base", *sharpen.ARMS):
-        first, last = (v if isinstance(v, list) else around(v)[0]
-                       for v in values.get(arm, (0.5, 0.94)))
+        first, last = map(around, values.get(arm, (0.5, 0.94)))
         figures[arm] = {"p@1": first, "p@64": last}
     return figures
 
@@ -48,9 +47,7 @@ def test_the_rule_of_sharpen(arms, expected):
 
 
 def test_one_seed_says_nothing_about_sharpening():
-    figures = {arm: {name: values[:1] for name, values in found.items()}
-               for arm, found in of_sharpen().items()}
-    assert sharpen.verdict(figures)[0] == common.UNCLEAR
+    assert sharpen.verdict(first_seed(of_sharpen()))[0] == common.UNCLEAR
 
 
 def test_the_effects_of_sharpen_have_their_sign():

@@ -5,7 +5,7 @@ import pytest
 import style
 import tiny
 import torch
-from test_verdicts import around, scattered
+from experiment_helpers import around, first_seed, scattered
 
 BASE = 0.44
 
@@ -14,7 +14,7 @@ def of_style(own=0.9, letters=0.3, swapped=0.2, grpo=0.8, learned=0.98, grpo_lea
     """Figures of every arm: ood of SFT on many demonstrations and of GRPO as given, others .5.
     learned: on the task, of SFT with letters."""
     def found(ood, accuracy=0.98, kl=1.0):
-        ood, accuracy = (v if isinstance(v, list) else around(v)[0] for v in (ood, accuracy))
+        ood, accuracy = around(ood), around(accuracy)
         return {"accuracy": accuracy, "ood": ood, "reversing": ood, "facts": ood,
                 "KL": [kl] * len(ood), "forward KL": [kl] * len(ood)}
     figures = {arm: found(0.5) for arm in ("base", *style.ARMS)}
@@ -43,9 +43,7 @@ def test_the_rule_of_style(changed, expected):
 
 
 def test_one_seed_says_nothing_about_style():
-    figures = {arm: {name: values[:1] for name, values in found.items()}
-               for arm, found in of_style(own=0.3).items()}
-    assert style.verdict(figures)[0] == common.UNCLEAR
+    assert style.verdict(first_seed(of_style(own=0.3)))[0] == common.UNCLEAR
 
 
 def test_the_effects_of_style_have_their_sign():
@@ -92,7 +90,7 @@ def test_forward_kl_by_hand(monkeypatch):
     config = style.common.flags.parse(["--algo", "sft", "--eval_problems", "5", "--device", "cpu"],
                                       common.train.ALGORITHMS, common.train.GPTConfig)
     asked = []
-    monkeypatch.setattr(common, "start_of", lambda config: asked.append(config) or "the start")
+    monkeypatch.setattr(style.compare, "start_of", lambda config: asked.append(config) or "the start")
     monkeypatch.setattr(style.checkpoint, "read", lambda folder: {"folder": folder})
     monkeypatch.setattr(style.checkpoint, "build_model",
                         lambda found, device: {"the start": base}[found["folder"]])

@@ -8,8 +8,8 @@ import common
 import pytest
 import table
 import train
+from experiment_helpers import around, first_seed, scattered
 from harness import arms as harness_arms
-from test_verdicts import around, scattered
 
 ACCURACY = {"DPO": 0.40, "RFT": 0.47, "PPO": 0.45, "GRPO": 0.48, "DFT": 0.52}
 
@@ -18,10 +18,10 @@ def figures(**accuracy):
     """Five seeds an arm, all seeds alike in what differs between arms."""
     found = {}
     for arm, value in {**ACCURACY, **accuracy}.items():
-        value = value if isinstance(value, list) else around(value)[0]
+        value = around(value)
         found[arm] = {"accuracy": value, "pass@16": [1 - v for v in value],
                       "ood": [v / 2 for v in value]}
-    base = {"accuracy": around(0.41)[0], "pass@16": around(0.97)[0]}
+    base = {"accuracy": around(0.41), "pass@16": around(0.97)}
     return {"base": base, **found}
 
 
@@ -41,9 +41,7 @@ def test_the_rule(accuracy, expected):
 
 
 def test_one_seed_concludes_nothing():
-    one = {arm: {name: values[:1] for name, values in found.items()}
-           for arm, found in figures().items()}
-    assert table.verdict(one)[0] == common.UNCLEAR
+    assert table.verdict(first_seed(figures()))[0] == common.UNCLEAR
 
 
 def test_the_effects_have_their_sign():

@@ -3,36 +3,23 @@ The rules of the experiments, on figures made up for each outcome; the pictures;
 are such as compare.py takes.
 """
 
-from unittest.mock import MagicMock
-
 import importlib
+from unittest.mock import MagicMock
 
 import common
 import facts
 import noise
 import pytest
 import train
-from experiment_helpers import NAMES
+from experiment_helpers import NAMES, around, scattered
 from harness import arms as harness_arms
 
 EXPERIMENTS = [importlib.import_module(name) for name in NAMES]
 
 
-def around(*means):
-    """Five seeds about each mean, +-.01."""
-    return [[mean + shift for shift in (-0.01, -0.005, 0, 0.005, 0.01)] for mean in means]
-
-
-def scattered(mean):
-    """Five seeds that do not agree, and not in the order of `around`."""
-    return [mean + shift for shift in (0.3, -0.3, 0.1, -0.2, 0.1)]
-
-
 def of_facts(**accuracy):
     values = {"SFT": 0.98, "DFT": 0.6, "GRPO": 0.2, **accuracy}
-    found = {arm: value if isinstance(value, list) else around(value)[0]
-             for arm, value in values.items()}
-    return {arm: {"accuracy": values} for arm, values in found.items()}
+    return {arm: {"accuracy": around(value)} for arm, value in values.items()}
 
 
 @pytest.mark.parametrize("accuracy, expected", [
@@ -59,11 +46,10 @@ def test_the_effects_of_facts_have_their_sign():
 
 def of_noise(sft, dft):
     """Figures of every arm: those of SFT and DFT as given, one value a share; others .9."""
-    found = {arm: {"accuracy": around(0.9)[0]} for arm in noise.ARMS}
+    found = {arm: {"accuracy": around(0.9)} for arm in noise.ARMS}
     for arm, values in (("SFT", sft), ("DFT", dft)):
         for share, value in zip(noise.SHARES, values):
-            value = value if isinstance(value, list) else around(value)[0]
-            found[f"{arm}, {share}"] = {"accuracy": value}
+            found[f"{arm}, {share}"] = {"accuracy": around(value)}
     return found
 
 

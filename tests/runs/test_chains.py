@@ -3,8 +3,6 @@ compare.py with chains of algorithms, `sft>grpo`, and several runs at a time: ev
 that starts from the one before it, what a chain cost is added up, and its KL is that to the base.
 """
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -37,19 +35,6 @@ SFT, CHAIN = "out/chain-sft-0", "out/chain-sft+dft-0"
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The runs of a comparison happen in this process. -> their commands"""
-    commands = []
-
-    def start(command, stdout, stderr, text):
-        commands.append(command[2:])
-        with contextlib.redirect_stdout(io.StringIO()):
-            return SimpleNamespace(returncode=train.main(command[2:]), stderr="")
-    monkeypatch.setattr(compare.subprocess, "run", start)
-    return commands
 
 
 @pytest.fixture
