@@ -326,6 +326,13 @@ def draw_point(axis, x, values, color):
                   fmt="s", capsize=4, markersize=5)
 
 
+def accuracy_axis(axis, **legend):
+    """From 0 to 1 with a little room, a light grid, a legend without a frame."""
+    axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, **legend)
+
+
 def picture(path, draw, figures):
     """draw(pyplot, figures) -> a matplotlib figure, saved. Returns what to tell the reader."""
     plt = report.pyplot()

@@ -75,9 +75,7 @@ def draw(plt, figures):
         axis.set_xticks([*alphas, *places], ["0\nSFT", ".25", ".5", ".75", "1\nDFT",
                                              *(names.get(arm, arm) for arm in beside)])
         axis.set_xlabel("weight p^alpha of a token")
-        axis.set_ylim(-0.03, 1.03)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="center left")
+        common.accuracy_axis(axis, loc="center left")
     axes[0].set_ylabel("accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure

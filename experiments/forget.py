@@ -121,9 +121,7 @@ def draw(plt, figures):
         column[1].set_xlabel("KL to the base on chain (nats per answer)")
         column[1].set_ylabel("kept: mean of the two, a dot a run")
         for axis in column:
-            axis.set_ylim(-0.03, 1.03)
-            axis.grid(alpha=0.3)
-            axis.legend(frameon=False, loc="lower left", fontsize=8)
+            common.accuracy_axis(axis, loc="lower left", fontsize=8)
     axes[1][1].sharex(axes[1][0])
     figure.suptitle("above: mean and range over seeds", fontsize=9)
     figure.tight_layout()

@@ -211,9 +211,7 @@ def draw(plt, figures):
         axis.set_xlim(-0.05, 200)
         axis.set_xlabel("KL to the base, nats an answer (a square: the end)")
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(-0.03, 1.03)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8, loc="upper right")
+        common.accuracy_axis(axis, fontsize=8, loc="upper right")
     axes[0].set_ylabel("true accuracy (mean and range over seeds)")
     figure.tight_layout()
     return figure

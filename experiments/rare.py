@@ -141,9 +141,7 @@ def draw(plt, figures):
     axes[1].set_xlabel("share of the base's everyday text that is worked")
     axes[1].set_title("the threshold of GRPO alone", fontsize=10)
     for axis in axes:
-        axis.set_ylim(-0.03, 1.03)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="upper left", fontsize=8)
+        common.accuracy_axis(axis, loc="upper left", fontsize=8)
     figure.tight_layout()
     return figure
 

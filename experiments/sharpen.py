@@ -99,10 +99,8 @@ def draw(plt, figures):
         axis.set_xscale("log", base=2)
         axis.set_xticks(KS, [str(k) for k in KS])
         axis.set_xlabel("k, answers to a problem")
-        axis.set_ylim(-0.03, 1.03)
         axis.set_title(title)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="lower right")
+        common.accuracy_axis(axis, loc="lower right")
     axes[0].set_ylabel("pass@k (mean and range over seeds)")
     figure.tight_layout()
     return figure

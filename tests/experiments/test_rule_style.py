@@ -90,7 +90,8 @@ def test_forward_kl_by_hand(monkeypatch):
     config = style.common.flags.parse(["--algo", "sft", "--eval_problems", "5", "--device", "cpu"],
                                       common.train.ALGORITHMS, common.train.GPTConfig)
     asked = []
-    monkeypatch.setattr(style.compare, "start_of", lambda config: asked.append(config) or "the start")
+    monkeypatch.setattr(style.compare, "start_of",
+                        lambda config: asked.append(config) or "the start")
     monkeypatch.setattr(style.checkpoint, "read", lambda folder: {"folder": folder})
     monkeypatch.setattr(style.checkpoint, "build_model",
                         lambda found, device: {"the start": base}[found["folder"]])
