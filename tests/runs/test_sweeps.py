@@ -10,7 +10,7 @@ import compare
 from conftest import TASK
 from harness import report
 from runs_helpers import summary
-from test_chains import in_process, own_folder  # noqa: F401 (fixtures)
+from test_chains import own_folder  # noqa: F401 (a fixture)
 from test_pictures import compared, pyplot, write_metrics  # noqa: F401
 
 
