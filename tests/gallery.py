@@ -164,8 +164,8 @@ BUGS = [
         "psunlpgroup/Summ-N#7"),
     Bug("compare.py", "the KL is measured from where training last began: every stage, or every "
         "resumption, may drift anew",
-        "start = first.init_from or base_folder(first, train.ALGORITHMS)",
-        "start = last.init_from",
+        "for path in (last.out_dir, start_of(first)))",
+        "for path in (last.out_dir, last.init_from))",
         "runs/test_chains.py::test_the_kl_where_both_stages_move",
         "NVIDIA-NeMo/RL#2955, NVIDIA-NeMo/RL#3722"),
 ]
