@@ -21,6 +21,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+from harness import ranks
 from harness.errors import InputError
 
 # -- tokenizer ------------------------------------------------------------------------------------
@@ -170,6 +171,16 @@ def split(batch, size, rows_together=1):
     return [take_rows(batch, part) for part in rows.split(size)]
 
 
+def own_micro_batches(batch, config, rows_together=1):
+    """The micro-batches of this rank's share of the batch, which is the whole where there is one
+    rank (harness/ranks.py). No micro-batch where its share has no row."""
+    rows = torch.arange(len(batch["prompt_index"]), device=batch["prompt_index"].device)
+    if ranks.SIZE > 1:
+        rows = rows[ranks.share(len(rows), rows_together)]
+        batch = take_rows(batch, rows)
+    return split(batch, config.micro_batch_size, rows_together) if len(rows) else []
+
+
 def autocast(config):
     """The context in which forward passes run: matrix products in config.dtype; log-probabilities
     and losses stay float32."""
@@ -180,13 +191,15 @@ def autocast(config):
 @torch.no_grad()
 def in_micro_batches(f, batch, config, rows_together=1):
     """f(micro-batch), (b,) or (b, T), of all rows: (B,) or (B, T). Without gradient, in the very
-    micro-batches and the precision in which the batch is trained, so that not a bit differs."""
+    micro-batches and the precision in which the batch is trained, so that not a bit differs. Each
+    rank scores what it trains, and all gather the scores."""
     width, found = batch["completion_ids"].shape[1], []
     with autocast(config):
-        for micro in split(batch, config.micro_batch_size, rows_together):
+        for micro in own_micro_batches(batch, config, rows_together):
             x, missing = f(micro), width - micro["completion_ids"].shape[1]
             found.append(F.pad(x, (0, missing)) if x.dim() == 2 else x)
-    return torch.cat(found)
+    scores = torch.cat(found) if found else torch.zeros(0, device=batch["prompt_index"].device)
+    return ranks.gather({"scores": scores}, {})["scores"]
 
 
 # -- answers of a policy's own --------------------------------------------------------------------
@@ -194,7 +207,7 @@ def in_micro_batches(f, batch, config, rows_together=1):
 
 def rollout(model, algo, examples, generator, log, num_generations=None, temperature=None):
     """Sample answers to every example's prompt and reward them: num_generations each (None: as the
-    algorithm's config says).
+    algorithm's config says). Where there are several ranks, each answers its share of the prompts.
 
     Returns a batch as collate makes it, its B rows in groups, example by example, with more fields,
     all (B,): rewards, the total; rewards/<name>, each reward by itself; truncated, True where an
@@ -205,18 +218,23 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
     G = config.num_generations if num_generations is None else num_generations
     temperature = config.temperature if temperature is None else temperature
     prompts = collate([{"prompt": e["prompt"]} for e in examples], tokenizer, model.device)
-    hints, longest = [e.get("hint_ids", []) for e in examples], algo.task.max_new_tokens
-    read = prompts
-    if any(hints):
-        read = collate([{"prompt": e["prompt"], "hint_ids": h} for e, h in zip(examples, hints)],
-                       tokenizer, model.device)
+    share = ranks.share(len(examples))
+    mine = examples[share] or examples[:1]   # more ranks than prompts: some write in vain
+    hints, longest = [e.get("hint_ids", []) for e in mine], algo.task.max_new_tokens
+    read = collate([{"prompt": e["prompt"], "hint_ids": h} for e, h in zip(mine, hints)],
+                   tokenizer, model.device)
     samples = model.generate(read["prompt_ids"], read["prompt_mask"],
                              longest - min(map(len, hints)), tokenizer.eos_id, tokenizer.pad_id, G,
-                             temperature, generator=generator)
+                             temperature, generator=ranks.own_generator(generator))
     answers = {"completion_ids": samples.completion_ids,
                "completion_mask": samples.completion_mask, "truncated": samples.truncated}
     if any("hint_ids" in e for e in examples):
         answers = after_hints(hints, answers, longest, tokenizer.pad_id)
+    answers["sampled"] = samples.completion_mask.sum(-1)                         # (b,) how many
+    answers = ranks.gather({name: rows[:G * len(examples[share])]
+                            for name, rows in answers.items()},
+                           {"completion_ids": tokenizer.pad_id})
+    sampled = answers.pop("sampled")                                             # (B,)
     texts = [tokenizer.decode(ids) for ids in answers["completion_ids"].tolist()]
     total, each = algo.rewards([e for e in examples for _ in range(G)], texts, generator)
     if log is not None:
@@ -225,7 +243,7 @@ def rollout(model, algo, examples, generator, log, num_generations=None, tempera
             log.mean("reward", total)
         log.mean("completions/mean_length", lengths)
         log.mean("completions/clipped_ratio", answers["truncated"])
-        log.sum("sampled_tokens", int(samples.completion_mask.sum()))
+        log.sum("sampled_tokens", int(sampled.sum()))
         for name, reward in each.items():
             log.mean(name if name == "true_reward" else f"rewards/{name}/mean", reward)
     prompt_index = torch.arange(len(examples), device=model.device).repeat_interleave(G)

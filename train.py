@@ -6,6 +6,7 @@ One loop for every algorithm: sample a batch, say what each token is worth, desc
     python train.py --algo grpo --help     every flag, with its default and typical range
     python train.py --algo grpo --resume   go on where a run stopped
     python train.py --algo dft --inspect   one batch, token by token
+    torchrun --nproc_per_node 2 train.py --algo grpo   the same run on two GPUs
 
 An algorithm is an nn.Module that holds all its networks, so that its state_dict is the checkpoint:
 
@@ -37,7 +38,7 @@ from dft import DFT
 from distill import Distill
 from dpo import DPO
 from grpo import GRPO
-from harness import flags, prepare, report, tokens
+from harness import flags, prepare, ranks, report, tokens
 from harness.errors import one_line
 from harness.run import Run
 from hybrid import Hybrid
@@ -75,12 +76,13 @@ def update(algo, minibatch, run):
     """One step of the optimizer, in micro-batches whose losses and gradients add up."""
     config, log, loss = algo.config, run.log, 0.0
     algo.optimizer.zero_grad()
-    for micro in data.split(minibatch, config.micro_batch_size, algo.rows_together):
+    for micro in data.own_micro_batches(minibatch, config, algo.rows_together):
         with data.autocast(config):
             micro_loss = algo.loss(micro, log)
         micro_loss.backward()
         loss = loss + micro_loss.detach()
     trained = [p for p in algo.parameters() if p.requires_grad]
+    loss = ranks.sum_gradients(trained, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
     run.check_finite(loss, grad_norm)
     algo.optimizer.step()
@@ -131,6 +133,8 @@ def run(config, once_more, go_on):
     summary = this.finish()
     if summary is None:
         return 130
+    if ranks.RANK > 0:
+        return 0
     if kind:
         print(report.shared_line(kind, summary, config.out_dir), flush=True)
     if not kind or go_on != once_more:   # asked for, not made on the way
@@ -143,7 +147,8 @@ def main(argv, algo=None):
     argv = flags.underscores([*(["--algo", algo] if algo else []), *argv])
     config = flags.parse(argv, ALGORITHMS, GPTConfig, __doc__)
     once_more = f"python train.py {shlex.join(argv)}"
-    return run(config, once_more, once_more + ("" if config.resume else " --resume"))
+    with ranks.together(config.device):
+        return run(config, once_more, once_more + ("" if config.resume else " --resume"))
 
 
 def start(algo=None):

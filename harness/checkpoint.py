@@ -12,6 +12,7 @@ import os
 
 import torch
 
+from harness import ranks
 from harness.errors import InputError
 from harness.flags import declarations
 from model import GPT, GPTConfig
@@ -21,7 +22,9 @@ RESUMED = ("algorithm", "optimizer", "step", "log", "before", "settings")
 
 def write(path, save):
     """Write a file under another name, then rename it: a reader finds the old file or the new one,
-    never half of one. save(path) does the writing."""
+    never half of one. save(path) does the writing; of several ranks the first one's does."""
+    if ranks.RANK > 0:
+        return
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         save(path + ".tmp")
@@ -107,6 +110,8 @@ def restore(run, found):
         run.algo.optimizer.load_state_dict(found["optimizer"])
         run.step, run.before = found["step"], found["before"]
         vars(run.log).update(found["log"])
+        if ranks.RANK > 0:   # what the ranks had logged between two lines is rank 0's
+            run.log.means, run.log.maxima = {}, {}
     except (RuntimeError, TypeError, ValueError, KeyError):
         raise InputError(f"{run.path('ckpt.pt')} holds other networks or another optimizer than "
                          "this run needs, and cannot be resumed") from None

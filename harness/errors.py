@@ -2,10 +2,18 @@
 
 import os
 import sys
+import time
 
 
 class InputError(ValueError):
     """A mistake that the user can correct. It is printed as one line; the exit code is 2."""
+
+
+def wait_for_rank_0():
+    """Of several processes (harness/ranks.py) that meet the same mistake, the first one says so,
+    and torchrun ends the others."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)
 
 
 def one_line(main):
@@ -13,6 +21,7 @@ def one_line(main):
     try:
         return main()
     except InputError as error:
+        wait_for_rank_0()
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

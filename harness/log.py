@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from harness import ranks
+
 
 class Log:
     """Means and maxima since the last line, and totals of the whole run.
@@ -43,8 +45,20 @@ class Log:
         yield
         self.sum(name, time.time() - started)
 
+    def merge(self):
+        """Make the means and maxima those of all ranks, on rank 0; the others begin anew."""
+        everyone = ranks.everyone((self.means, self.maxima))
+        if len(everyone) > 1:
+            self.means, self.maxima = {}, {}
+            for means, maxima in everyone if ranks.RANK == 0 else []:
+                for name, (part, whole) in means.items():
+                    self.share(name, part, whole)
+                for name, value in maxima.items():
+                    self.max(name, value)
+
     def line(self):
         """{name: value} of this interval; the next one begins."""
+        self.merge()
         line = {name: total / max(n, 1) for name, (total, n) in self.means.items()} | self.maxima
         for name, *totals in (("sample", "sampled_tokens", "sampling_seconds"),
                               ("train", "trained_tokens", "updating_seconds")):

@@ -14,7 +14,7 @@ import torch
 import data
 import rm
 import tasks
-from harness import checkpoint, files
+from harness import checkpoint, files, ranks
 from harness.errors import InputError
 from harness.flags import Demonstrations, Sampling, declarations
 from model import GPT, GPTConfig
@@ -59,7 +59,7 @@ def is_finished(config):
 
 def keep_earlier_run(folder):
     """A run never overwrites another: what is in its folder moves to a free name beside it."""
-    if os.path.exists(os.path.join(folder, "config.json")):
+    if ranks.RANK == 0 and os.path.exists(os.path.join(folder, "config.json")):
         n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
         os.rename(folder, f"{folder}.{n}")
         print(f"{folder} held an earlier run, which is now {folder}.{n} "

@@ -10,7 +10,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from harness import checkpoint, evaluate
+from harness import checkpoint, evaluate, ranks
 
 # Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if
 # the run has the metric.
@@ -55,7 +55,7 @@ class Console:
         self.columns, self.bar = None, None
         if config.algo == "pretrain":
             self.bar = tqdm(total=config.max_steps, initial=step, desc="pretrain", unit="step",
-                            mininterval=1)
+                            mininterval=1, disable=ranks.RANK > 0)
 
     def show(self, line, seconds_left):
         """line: what metrics.jsonl gets; empty where none is due."""

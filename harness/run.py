@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from harness import checkpoint, evaluate, report
+from harness import checkpoint, evaluate, ranks, report
 from harness.errors import InputError
 from harness.log import Log
 
@@ -80,7 +80,8 @@ class Run:
         """Count the step, then evaluate, print and save what is due."""
         config, log = self.config, self.log
         log.totals["seconds"] = time.time() - self.started
-        last = self.step + 1 == config.max_steps or self.out_of_time()
+        self.interrupted, late = ranks.either(self.interrupted, self.out_of_time())
+        last = self.step + 1 == config.max_steps or late
         self.over = last or self.interrupted
         save_due = (self.step + 1) % config.save_steps == 0 or self.over
         if save_due:   # never save, or end with, what has blown up
@@ -93,10 +94,12 @@ class Run:
             if self.step % config.eval_steps == 0 or last:
                 line |= self.evaluate(full=last)
             self.after = evaluated(line)
-            with open(self.path("metrics.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
+            if ranks.RANK == 0:
+                with open(self.path("metrics.jsonl"), "a") as file:
+                    file.write(json.dumps(line) + "\n")
         self.console.show(line, self.seconds_left())
         if save_due:
+            log.merge()
             checkpoint.save(self)
             self.saved_at = self.step
 
@@ -146,4 +149,5 @@ class Run:
                    "after": self.after}
         text = json.dumps(summary, indent=2) + "\n"
         checkpoint.write_text(self.path("summary.json"), text)
+        ranks.wait()
         return summary
