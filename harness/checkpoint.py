@@ -20,9 +20,10 @@ from model import GPT, GPTConfig
 RESUMED = ("algorithm", "optimizer", "step", "log", "before", "settings")
 
 
-def write(path, save):
+def write(path, save, flag="--out_dir"):
     """Write a file under another name, then rename it: a reader finds the old file or the new one,
-    never half of one. save(path) does the writing; of several ranks the first one's does."""
+    never half of one. save(path) does the writing; of several ranks the first one's does. flag:
+    what named the place."""
     if ranks.RANK > 0:
         return
     try:
@@ -35,14 +36,14 @@ def write(path, save):
         kept = "; the earlier file is untouched" if os.path.exists(path) else ""
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise InputError(f"cannot write {path}: {reason}{kept}; free some space or choose another "
-                         "--out_dir") from None
+                         f"{flag}") from None
 
 
-def write_text(path, text):
+def write_text(path, text, flag="--out_dir"):
     def save(tmp):
         with open(tmp, "w") as file:
             file.write(text)
-    write(path, save)
+    write(path, save, flag)
 
 
 def read_json(path):

@@ -87,6 +87,8 @@ class Start:
     resume: bool = flag(False, "go on where the run in the output folder stopped", watching=True)
     inspect: Literal["one", "all"] = flag(None, "show a batch token by token, with the weight of "
                                           "each gradient, and stop; all: every algorithm's", True)
+    html: str = flag(None, "of --inspect all: write it to this file as well, a page for a browser",
+                     True)
 
 
 @dataclass
@@ -156,6 +158,8 @@ class Settings(Machine, Optimizer, Loop, Data, Start):
 
     def __post_init__(self):
         check_bounds(self)
+        if self.html is not None and self.inspect != "all":
+            raise InputError("--html is the page of --inspect all: give that as well")
 
     def schedule(self, step):
         """The steps [first, end) over which the learning rate runs its course: here the run."""

@@ -14,7 +14,7 @@ import torch
 import data
 import rm
 import tasks
-from harness import checkpoint, files, ranks
+from harness import checkpoint, files, page, ranks
 from harness.errors import InputError
 from harness.flags import Demonstrations, Sampling, declarations
 from model import GPT, GPTConfig
@@ -66,8 +66,9 @@ def keep_earlier_run(folder):
               "(--resume would have gone on with it)")
 
 
-def check_folder(folder):
-    """Raise InputError where a run could not write into a folder, which need not exist yet."""
+def check_folder(folder, flag="--out_dir"):
+    """Raise InputError where a run could not write into a folder, which need not exist yet. flag:
+    what named it."""
     there = folder
     while there and not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -75,7 +76,7 @@ def check_folder(folder):
         tempfile.TemporaryFile(dir=there or ".").close()
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another "
-                         "--out_dir") from None
+                         f"{flag}") from None
 
 
 # -- what a run starts from -----------------------------------------------------------------------
@@ -110,6 +111,9 @@ def check(config, algorithms):
     if config.algo == "pretrain" and config.task == "facts" and not config.data:
         raise InputError("--task facts starts from the base model of chain: give --task chain")
     check_folder(config.out_dir)
+    if config.html is not None:
+        page.check(config.html)
+        check_folder(os.path.dirname(config.html) or ".", "--html")
     tokenizer, first = data.Tokenizer(config.tokenizer), []
     path = os.path.join(config.out_dir, "ckpt.pt")
     # A base model or a reward model that was interrupted always goes on.

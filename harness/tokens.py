@@ -13,10 +13,12 @@ import sys
 import torch
 
 import data
+from harness import page
 from harness.errors import InputError
 from harness.log import Log
 
 SIDE_BY_SIDE = ("sft", "dft", "dpo", "ppo", "grpo")   # rft is sft on the right answers
+WEIGHT = "weight of each token's gradient, -dL/d(logit of the token), in thousandths"
 
 
 def gradient_weights(algo, minibatch):
@@ -67,7 +69,8 @@ def colour(text, value):
 
 
 def inspect(algo, algorithms):
-    """--inspect one or all, as text. Raises InputError for an algorithm that teaches no policy."""
+    """--inspect one or all, as text; --html writes a page as well. Raises InputError for an
+    algorithm that teaches no policy."""
     config = algo.config
     if config.algo in ("pretrain", "rm"):
         raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
@@ -79,7 +82,12 @@ def inspect(algo, algorithms):
     settings = {name: getattr(config, name) for name in shared}
     algos = {name: algorithms[name](algorithms[name].Config(**settings), copy.deepcopy(algo.model),
                                     algo.tokenizer, algo.task) for name in SIDE_BY_SIDE}
-    return inspect_all(algos, algos["dpo"].examples()[:8], generator)
+    answers = side_by_side(algos, algos["dpo"].examples()[:8], generator)
+    if config.html is None:
+        return table(answers)
+    about = {name: one.Config.__doc__.split(": ")[1] for name, one in algos.items()}
+    page.write(config.html, page.document(answers, about))
+    return f"{table(answers)}\n\npage: {config.html}"
 
 
 def inspect_one(algo, generator, rows=4):
@@ -118,11 +126,12 @@ def inspect_one(algo, generator, rows=4):
     return "\n".join(lines)
 
 
-def inspect_all(algos, examples, generator):
-    """The same sampled answers under every algorithm, side by side: DPO's first pair.
+def side_by_side(algos, examples, generator):
+    """The same sampled answers under every algorithm: DPO's first pair.
 
     algos {name: algorithm}. All of them get the same batch; for SFT and DFT its right answers are
-    the demonstrations.
+    the demonstrations. -> a list of answers, {"prompt", "label": chosen or rejected, "tokens":
+    [(text, probability, {name: weight in thousandths})]}. Raises InputError where none is right.
     """
     with torch.no_grad():
         batch = algos["dpo"].sample(examples, generator, 0, Log())
@@ -141,16 +150,25 @@ def inspect_all(algos, examples, generator):
         found[name] = {row: weight[b].tolist() for b, row in enumerate(rows)}
         if name == "dpo":
             pair = list(zip(rows, ("chosen", "rejected"), logprobs.exp().tolist()))
-    lines = ["weight of each token's gradient, -dL/d(logit of the token), in thousandths; the same "
-             "answers under every algorithm"]
-    tokenizer = algos["dpo"].tokenizer
+    answers, tokenizer = [], algos["dpo"].tokenizer
     for row, label, p in pair:
         prompt, answer = row
-        lines += ["", "".join(token_text(tokenizer, t) for t in prompt[1:]) + f"  {label}",
-                  f"{'token':<8}{'prob':>8}" + "".join(f"{name:>10}" for name in found)]
-        for t, token in enumerate(answer):
-            cells = [1000 * weights[row][t] if row in weights else 0.0
-                     for weights in found.values()]
-            lines.append(f"{token_text(tokenizer, token):<8}{p[t]:>8.3f}"
-                         + "".join(colour(f"{c:>+10.3f}", c) for c in cells))
+        weights = [{name: 1000 * weight[row][t] if row in weight else 0.0
+                    for name, weight in found.items()} for t in range(len(answer))]
+        answers.append({
+            "prompt": "".join(token_text(tokenizer, t) for t in prompt[1:]), "label": label,
+            "tokens": [(token_text(tokenizer, token), p[t], weights[t])
+                       for t, token in enumerate(answer)]})
+    return answers
+
+
+def table(answers):
+    """What side_by_side found, as text: a token a line, an algorithm a column."""
+    lines = [f"{WEIGHT}; the same answers under every algorithm"]
+    for answer in answers:
+        names = answer["tokens"][0][2]
+        lines += ["", f"{answer['prompt']}  {answer['label']}",
+                  f"{'token':<8}{'prob':>8}" + "".join(f"{name:>10}" for name in names)]
+        lines += [f"{token:<8}{p:>8.3f}" + "".join(colour(f"{w:>+10.3f}", w) for w in row.values())
+                  for token, p, row in answer["tokens"]]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ SHARED = {
     "reward_model": ["{folder}/other-rm", "--reward=model"],
     "resume": ["true", "", REFUSED],                    # where there is nothing to go on with
     "inspect": [None, "", SAID],
+    "html": ["{folder}/page.html", "--inspect=all", SAID],
     "task": [None, BASE],
     "min_terms": ["3", BASE + " --max_terms=3"],
     "max_terms": ["3", BASE],
@@ -182,6 +183,8 @@ EXCEPTIONS = {
     ("pretrain", "dtype"): ["bfloat16"],
     ("pretrain", "inspect"): ["one", "", REFUSED],                      # there is no policy
     ("rm", "inspect"): ["one", "", REFUSED],
+    ("pretrain", "html"): ["{folder}/page.html", "", REFUSED],
+    ("rm", "html"): ["{folder}/page.html", "", REFUSED],
     ("pretrain", "reward_model"): ["{folder}/other-rm", "", IMITATES],
     ("sft", "reward_model"): ["{folder}/other-rm", "", IMITATES],
     ("dft", "reward_model"): ["{folder}/other-rm", "", IMITATES],

@@ -108,7 +108,7 @@ def test_all_side_by_side(monkeypatch):
     sampled = {"dpo", "ppo", "grpo"}
     algos = {name: make(ALGORITHMS[name], **(dict(num_generations=8) if name in sampled else {}))
              for name in tokens.SIDE_BY_SIDE}
-    text = tokens.inspect_all(algos, PROBLEMS, torch.Generator().manual_seed(0))
+    text = tokens.table(tokens.side_by_side(algos, PROBLEMS, torch.Generator().manual_seed(0)))
     right, wrong = text.split("\n\n")[1:]
     assert right.splitlines()[0].endswith("chosen") and wrong.splitlines()[0].endswith("rejected")
     assert right.splitlines()[0].split()[0] == wrong.splitlines()[0].split()[0]   # one prompt
@@ -135,4 +135,4 @@ def test_inspecting_all_says_when_no_answer_is_right():
     """Where no answer is right there is no pair to show, and the message says so."""
     algos = {"dpo": make(ALGORITHMS["dpo"], lambda prompts, completions, **_: [0.0] * len(prompts))}
     with pytest.raises(InputError, match="no answer of this batch is right; try another --seed"):
-        tokens.inspect_all(algos, PROBLEMS, torch.Generator().manual_seed(0))
+        tokens.side_by_side(algos, PROBLEMS, torch.Generator().manual_seed(0))
