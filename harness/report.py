@@ -344,10 +344,11 @@ def read_metrics(path):
 
 
 def pyplot():
-    """matplotlib's pyplot, or None where it is not installed."""
+    """matplotlib's pyplot, drawing to files; None where it is not installed."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
+        if "matplotlib.pyplot" not in sys.modules:   # a notebook that draws keeps its own screen
+            matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         return None

@@ -70,14 +70,20 @@ def test_read_metrics(tmp_path):
 
 def test_pyplot_draws_to_files(monkeypatch):
     """Without matplotlib None; with it pyplot, told before anything else to draw to files (Agg),
-    not to a screen."""
+    not to a screen. Where pyplot is there already, in a notebook, its screen is left to it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.pyplot() is None
     matplotlib, used = ModuleType("matplotlib"), []
-    matplotlib.use, matplotlib.pyplot = used.append, ModuleType("matplotlib.pyplot")
+    matplotlib.pyplot = ModuleType("matplotlib.pyplot")
+
+    def use(name):
+        used.append(name)
+        monkeypatch.setitem(sys.modules, "matplotlib.pyplot", matplotlib.pyplot)
+    matplotlib.use = use
     monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", matplotlib.pyplot)
-    assert report.pyplot() is matplotlib.pyplot and used == ["Agg"]
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    for _ in range(2):
+        assert report.pyplot() is matplotlib.pyplot and used == ["Agg"]
 
 
 def test_a_curve_shows_the_numbers_of_the_log(tmp_path, pyplot):
