@@ -49,7 +49,7 @@ li:hover::after, li:focus::after {
   content: attr(aria-label); position: fixed; z-index: 2; inset: auto 0 0; padding: .5rem .8rem;
   background: var(--text); color: var(--page); font-size: 1.1rem; text-align: left;
   white-space: pre-line; pointer-events: none; }
-@media (min-width: 60rem), print {
+@media (min-width: 48rem), print {
   body { padding: 1rem 1.5rem 5rem; }
   h3 { margin: 0; }
   .columns { display: grid; gap: 0 .4rem;
