@@ -12,7 +12,7 @@ import train
 from conftest import ROOT
 
 FILES = sorted(path for pattern in ("*.py", "harness/*.py", "experiments/*.py",
-                                    "assignments/**/*.py", "tests/**/*.py")
+                                    "assignments/**/*.py", "tests/**/*.py", ".ci/*.py")
                for path in ROOT.glob(pattern))
 ALGORITHM_FILES = ("sft", "dft", "rft", "dpo", "rm", "ppo", "grpo", "hybrid", "distill")
 DUTIES = ["__init__", "examples", "sample", "minibatches", "loss"]
