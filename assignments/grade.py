@@ -39,7 +39,7 @@ def results(assignment, why):
                                 *((r, True) for r in assignment.hidden)]:
         path, name = requirement.test.split("::")
         reason = why[requirement.test.rsplit("/", 1)[-1]]
-        folder = make.HERE / "hidden" if hidden else make.ROOT / "tests"
+        folder = make.HERE / "hidden" if hidden else make.ROOT / assignment.tests_in
         proves = check.proves(folder / path, name)
         tests.append({"name": f"{requirement.body}: {proves}", "max_score": requirement.points,
                       "score": 0 if reason else requirement.points, "output": reason or "",

@@ -279,7 +279,7 @@ def judge(number, folder, salt="", seconds=20):
     """{test: None or why it fails} of one folder."""
     assignment = table.assignment(number)
     os.environ["ASSIGNMENT_SALT"] = salt
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / assignment.files_in)]
     with tempfile.TemporaryDirectory() as copy:
         wrong = prepare(assignment, folder, pathlib.Path(copy))
         peer = Peer(copy, assignment.bodies, wrong, seconds)

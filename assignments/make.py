@@ -34,6 +34,9 @@ def code(assignment):
     """The project's files with the named bodies cut, {path: text}. What gives one away in another
     file says so where it stood."""
     files, messages = dict(read()), {}
+    if assignment.files_in:
+        files |= {path.name: path.read_text() for path in ROOT.glob(f"{assignment.files_in}/*.py")
+                  if not path.name.startswith("test_")}
     for name in assignment.bodies:
         messages.setdefault(name.split(".")[0], {})[name] = f"{name}: {check.MISSING}"
     theirs = " and ".join(assignment.files()) + (" are" if len(assignment.files()) > 1 else " is")
@@ -52,8 +55,8 @@ def tests(assignment):
     wanted = {}
     for requirement in assignment.requirements:
         path, name = requirement.test.split("::")
-        wanted.setdefault(f"tests/{path}", set()).add(name)
-    files = {path: without_tests((ROOT / path).read_text(), names)
+        wanted.setdefault(path, set()).add(name)
+    files = {f"tests/{path}": without_tests((ROOT / assignment.tests_in / path).read_text(), names)
              for path, names in wanted.items()}
     helpers = {path.stem: path for path in sorted(ROOT.glob("tests/**/*.py"))
                if not path.name.startswith("gallery")}
@@ -100,7 +103,7 @@ def without_tests(text, keep):
 def told(assignment):
     """What check.py has to know."""
     requirements = [{"number": i, "points": r.points, "body": r.body, "test": r.test,
-                     "proves": check.proves(ROOT / "tests" / r.test.split("::")[0],
+                     "proves": check.proves(ROOT / assignment.tests_in / r.test.split("::")[0],
                                             r.test.split("::")[1])}
                     for i, r in enumerate(assignment.requirements, 1)]
     cut = code(assignment)

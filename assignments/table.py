@@ -1,7 +1,8 @@
 """
 The assignments: which bodies are cut, what else would give them away, which tests are required and
 what each is worth. A requirement holds if its test passes with all its parameters; the visible ones
-of an assignment add up to 80 points, the hidden ones to 20.
+of an assignment add up to 80 points, the hidden ones to 20. MORE are those that cut nothing: one is
+a report, the other has bodies that stand nowhere in the project.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ class Assignment:
     known: tuple          # lines of the bodies that may stand elsewhere: no answers
     requirements: tuple
     hidden: tuple
+    tests_in: str = "tests"   # where the required tests are
+    files_in: str = ""        # a folder whose files join the project's in the copy
 
     def all(self):
         return self.requirements + self.hidden
 
     def tests(self):
         """Their paths from the project's folder."""
-        return [*(f"tests/{r.test}" for r in self.requirements),
+        return [*(f"{self.tests_in}/{r.test}" for r in self.requirements),
                 *(f"assignments/hidden/{r.test}" for r in self.hidden)]
 
     def files(self):
@@ -251,16 +254,47 @@ ASSIGNMENTS = (
         """)),
 )
 
+MORE = (
+    Assignment(8, "SFT or RL?", (), (), (), (), ()),
+    Assignment(
+        9, "Three one-liners",
+        bodies=("mine.entropy_weights", "mine.divergence_loss", "mine.overlong_rewards"),
+        also=(), known=(), tests_in="assignments/extensions", files_in="assignments/extensions",
+        requirements=requirements("""
+        test_mine.py
+           4 entropy_weights  test_entropy_weights_worked_example
+           4 divergence_loss  test_divergence_loss_worked_example
+           2 overlong_rewards test_overlong_rewards_worked_example
+        """),
+        hidden=requirements("""
+        test_9.py
+          10 entropy_weights  test_entropy_weights_elsewhere
+           8 entropy_weights  test_entropy_weights_have_ends
+           4 entropy_weights  test_entropy_weights_of_two_choices_at_once
+           6 entropy_weights  test_entropy_weights_are_constants
+           4 entropy_weights  test_entropy_weights_keep_precision_and_ignore_padding
+           8 divergence_loss  test_divergence_losses_elsewhere
+          10 divergence_loss  test_divergence_gradients_elsewhere
+           8 divergence_loss  test_divergence_is_no_ratio
+           6 divergence_loss  test_divergence_lets_tokens_come_back
+           4 divergence_loss  test_divergence_tells_what_it_dropped
+          10 overlong_rewards test_overlong_rewards_elsewhere
+           6 overlong_rewards test_overlong_rewards_have_ends
+           6 overlong_rewards test_overlong_rewards_count_real_tokens
+        """)),
+)
+
 
 def assignment(number):
     """By its number. Raises InputError for another."""
-    for one in ASSIGNMENTS:
+    for one in ASSIGNMENTS + MORE:
         if str(one.number) == str(number):
             return one
-    known = ", ".join(str(one.number) for one in ASSIGNMENTS)
+    known = ", ".join(str(one.number) for one in ASSIGNMENTS + MORE)
     raise InputError(f"there is no assignment {number}: choose from {known}")
 
 
 def overview():
-    lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies)}" for one in ASSIGNMENTS)
+    lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies) or 'a report, graded by hand'}"
+             for one in ASSIGNMENTS + MORE)
     return "Assignments cut from the project's files, graded by its tests.\n\n" + "\n".join(lines)

@@ -289,7 +289,7 @@ def test_the_workflow_has_a_step_for_each_requirement():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["make", "9", "--out", "x"], "there is no assignment 9: choose from 1, 3, 4, 5, 6"),
+    (["make", "10", "--out", "x"], "there is no assignment 10: choose from 1, 3, 4, 5, 6, 8, 9"),
     (["make", "6"], "the following arguments are required: --out"),
     (["make", "6", "--out", "."], "is there already: choose another folder"),
     (["grade", "6", "nowhere"], "nowhere is no folder"),
@@ -308,8 +308,8 @@ def test_mistakes_of_the_user(words, message, tmp_path, monkeypatch):
 
 def test_the_program_ends_in_one_line(tmp_path):
     """With exit code 2; made as it says, with what it names."""
-    done = python(ROOT, "-m", "assignments", "make", 9, "--out", tmp_path / "x")
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no assignment 9")
+    done = python(ROOT, "-m", "assignments", "make", 10, "--out", tmp_path / "x")
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no assignment 10")
     assert main(["make", "3", "--out", str(tmp_path / "3")]) == 0
     assert json.loads((tmp_path / "3/assignment.json").read_text())["number"] == 3
     assert (tmp_path / "3/README.md").read_text() == (
