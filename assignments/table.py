@@ -268,10 +268,10 @@ MORE = (
         """),
         hidden=requirements("""
         test_9.py
-          10 entropy_weights  test_entropy_weights_elsewhere
+           8 entropy_weights  test_entropy_weights_elsewhere
            8 entropy_weights  test_entropy_weights_have_ends
            4 entropy_weights  test_entropy_weights_of_two_choices_at_once
-           6 entropy_weights  test_entropy_weights_are_constants
+           8 entropy_weights  test_entropy_weights_are_constants
            4 entropy_weights  test_entropy_weights_keep_precision_and_ignore_padding
            8 divergence_loss  test_divergence_losses_elsewhere
           10 divergence_loss  test_divergence_gradients_elsewhere
