@@ -41,6 +41,10 @@ def main(words):
         print(f"Assignment {assignment.number}, {assignment.title}: {asked.out}; there, "
               "`python check.py`")
         return 0
+    if not assignment.bodies:
+        raise InputError(f"assignment {assignment.number} is graded by hand, with the rubric in "
+                         "assignments/reports/rubric.md; `python check.py` in a folder looks for "
+                         "the report's parts and compares its tables with the runs")
     if asked.jobs < 1 or asked.seconds <= 0:
         raise InputError("--jobs and --seconds: numbers above 0")
     from assignments.grade import grade

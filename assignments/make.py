@@ -116,7 +116,12 @@ def told(assignment):
 
 def project(files):
     """The project's README without pictures and without links to what is not copied."""
-    text = re.sub(r"^!\[.*\n\n?", "", (ROOT / "README.md").read_text(), flags=re.M)
+    return without_links((ROOT / "README.md").read_text(), files)
+
+
+def without_links(text, files):
+    """A document without pictures and without links to what is not among the files."""
+    text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.M)
     return re.sub(r"\[([^\]]*)\]\((?!http)([^)]+)\)",
                   lambda link: link[0] if link[2] in files else link[1], text)
 
@@ -161,8 +166,29 @@ jobs:
 """
 
 
+def whole(assignment):
+    """The copy of an assignment that is a report: the project with its experiments, nothing cut,
+    the template, the rubric, two examples and what checks a report."""
+    paths = [*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/results/*.json")]
+    paths += [ROOT / name for name in ("RESULTS.md", "SURVEY.md", "requirements.txt", "LICENSE",
+                                       ".gitignore")]
+    files = {**read(), **{str(path.relative_to(ROOT)): path.read_text() for path in paths}}
+    files |= {f"examples/{path.parent.name}/{path.name}": path.read_text()
+              for path in sorted(HERE.glob("reports/*/*"))}
+    for name, source in (("report.md", "reports/template.md"), ("RUBRIC.md", "reports/rubric.md"),
+                         ("README.md", f"handouts/{assignment.number}.md"),
+                         ("check.py", "report.py")):
+        files[name] = (HERE / source).read_text()
+    files["PROJECT.md"] = project(files)
+    for name in ("RESULTS.md", "SURVEY.md"):
+        files[name] = without_links(files[name], files)
+    return files
+
+
 def copy_of(assignment):
     """Every file of a student's copy, {path: text}."""
+    if not assignment.bodies:
+        return whole(assignment)
     files = {**code(assignment), **tests(assignment)}
     for name in ("requirements.txt", "pyproject.toml", "LICENSE", ".gitignore"):
         files[name] = (ROOT / name).read_text()

@@ -10,12 +10,16 @@ its value and its slope. Wrong solutions are that text with a line changed.
 import inspect
 import json
 import re
+import shlex
 import sys
 import textwrap
 from typing import NamedTuple
 
+import train
 from assignments import check, grade, make, table
 from conftest import ROOT
+from harness import flags
+from model import GPTConfig
 
 NINE = table.assignment(9)
 sys.path += [str(ROOT / NINE.files_in), str(ROOT / "assignments/hidden")]
@@ -197,3 +201,23 @@ def test_the_copy_has_the_project_whole():
     assert told["bodies"] == {"mine.py": ["entropy_weights", "divergence_loss",
                                           "overlong_rewards"]}
     assert told["hidden"] == 90 and len(told["requirements"]) == 3
+
+
+def test_handout_and_notes_say_what_is_so():
+    """The points of each body, the commands, and what each wrong solution earns."""
+    handout = (ROOT / "assignments/handouts/9.md").read_text()
+    for name in SCALARS:
+        visible, hidden = (sum(r.points for r in rows if r.body == name)
+                           for rows in (NINE.requirements, NINE.hidden))
+        assert re.search(rf"^\| `{name}` \| [\d, ]+ \| {visible} \| {hidden} \|$", handout, re.M)
+    commands = re.findall(r"`python (train\.py [^`]*)`", handout.replace("\n   ", " "))
+    for command in commands:
+        flags.parse(shlex.split(command.replace(" S", " 7"))[1:], train.ALGORITHMS, GPTConfig)
+    notes = (ROOT / "assignments/instructor/9.md").read_text()
+    rows = re.findall(r"^\| (.*) \| (\d+) \| `(test_\w+)` \|$", notes, re.M)
+    assert len(commands) == 3
+    assert rows == [(wrong.mistake, str(wrong.score), wrong.proof) for wrong in WRONG]
+    for text in (handout, notes):
+        assert max(map(len, text.splitlines())) <= 100
+    assert not [line for line in notes.splitlines()
+                if len(line) > 60 and line in "".join(make.copy_of(NINE).values())]
