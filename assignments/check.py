@@ -274,8 +274,7 @@ def main(words):
     print(f"\n{sum(r['points'] for r in held)} of {sum(r['points'] for r in requirements)} points; "
           f"{len(held)} of {len(requirements)} requirements hold.")
     if not words:
-        print(f"{told['hidden']} more points are given for variants of these tests that you do not "
-              "see.")
+        print(f"{told['hidden']} more points are given for tests that you do not see.")
     for file in changed:
         print(f"Note: {file} is changed outside the bodies that are yours to write; what stands "
               "there is not graded.")

@@ -81,6 +81,8 @@ def row_is_wrong(cells, runs):
         found = effect(cells[0], cells[1], runs)
     except ValueError as error:
         return str(error)
+    except (KeyError, TypeError):
+        return "the file is none of compare.py's"
     if cells[2] != str(found["n"]):
         return f"{cells[2]} seeds in the report, {found['n']} in the runs"
     if not agrees(cells[3], found["mean"]):

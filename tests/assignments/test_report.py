@@ -156,6 +156,25 @@ def test_rows_and_figures():
     assert not report.agrees("about .8", 0.8)
 
 
+def test_a_difference_is_paired():
+    """Over the same seeds, in whatever order the runs stand; of two arms, with a minus, that are
+    there; and runs that are none say so."""
+    made = json.loads((REPORTS / "a/compare.json").read_text())
+    words = [f"`{GRPO}`", f"`{SFT}1e-3`"]
+    effect = report.effect(" - ".join(words), "accuracy", made[::-1])
+    assert effect == report.effect(" minus ".join(words), "accuracy", made)
+    assert effect["n"] == 5 and f"{effect['mean']:.3f}" == "-0.015"
+    for cell, figure, some, why in ((" - ".join(words), "accuracy", made[1:], "have other seeds"),
+                                    (" + ".join(words), "accuracy", made, "with a minus between"),
+                                    (words[0], "kept", made, "there is no figure 'kept'")):
+        with pytest.raises(ValueError, match=why):
+            report.effect(cell, figure, some)
+    row = [words[0], "accuracy", "5", ".799", "-"]
+    assert report.row_is_wrong(row, made) is None
+    assert report.row_is_wrong(row, {"arms": 1}) == "the file is none of compare.py's"
+    assert "five cells" in report.row_is_wrong(row[:3], made)
+
+
 @pytest.mark.parametrize("old, new, why", [
     ("| 5 | .814 | .758 to .870 |", "| 5 | .824 | .758 to .870 |", "mean .824 in the report, 0.81"),
     ("| 5 | .814 | .758 to .870 |", "| 3 | .814 | .758 to .870 |", "3 seeds in the report, 5 in"),
