@@ -85,3 +85,20 @@ def test_the_notes_are_not_copied():
         notes = text_of("instructor", assignment.number).splitlines()
         assert not [line for line in notes if len(line) > 60 and line in everything]
         assert check.first_sentence(make.__doc__) not in everything
+
+
+def test_the_list_of_assignments():
+    """assignments/README.md has a row for each: its title, its points, and the handout's time."""
+    hours = dict(enumerate("one two three four five six seven eight".split(), 1))
+    rows = re.findall(r"^\| \[(\d)\]\(handouts/(\d)\.md\) \| ([^|]+) \| [^|]+ \| (.*) "
+                      r"\| (\d) hours? \|$", (ROOT / "assignments/README.md").read_text(), re.M)
+    assert [row[0] for row in rows] == [row[1] for row in rows] == sorted(
+        path.stem for path in ROOT.glob("assignments/handouts/*.md"))
+    for number, _, title, points, time in rows:
+        assignment, handout = table.assignment(number), text_of("handouts", number)
+        assert handout.startswith(f"# Assignment {number}: {title}\n")
+        assert f"time is about {hours[int(time)]} hours" in " ".join(handout.split())
+        if assignment.bodies:
+            visible, hidden = (sum(r.points for r in requirements) for requirements in
+                               (assignment.requirements, assignment.hidden))
+            assert points == f"{visible} visible, {hidden} hidden"
