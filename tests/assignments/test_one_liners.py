@@ -13,7 +13,8 @@ import re
 import shlex
 import sys
 import textwrap
-from typing import NamedTuple
+
+from test_grading import Wrong
 
 import train
 from assignments import check, grade, make, table
@@ -78,15 +79,6 @@ def points(bodies):
     assert all(len(r) < 400 and "\n" not in r for r in why.values() if r)
     return (grade.results(NINE, why)["score"],
             [test.split("::")[1] for test, reason in why.items() if reason])
-
-
-class Wrong(NamedTuple):
-    body: str
-    mistake: str
-    right: str
-    wrong: str
-    score: int     # of 100
-    proof: str     # a test that fails
 
 
 WRONG = [
