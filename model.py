@@ -85,13 +85,33 @@ def at_least_float32(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in the rotate-half convention of Llama: dimension i is paired with i + hd/2.
+    """Rotary positions in the rotate-half convention of Llama: dimension i is paired with i + hd/2,
+    and the pair is turned as a point of the plane, from the first axis towards the second.
 
-    x (N, heads, hd); cos and sin (N, 1, hd/2). A query and a key that are turned like this have a
-    dot product that depends on the distance between them alone, so padding may sit on either side.
+    x (N, heads, hd); cos and sin (N, 1, hd/2), of the angle of each pair. A query and a key that
+    are turned like this have a dot product that depends on the distance between them alone, so
+    padding may sit on either side. Worked example: a quarter turn (cos 0, sin 1) of both pairs
+    makes [-3, -4, 1, 2] of [1, 2, 3, 4].
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def causal_mask(attention_mask, T):
+    """Where a query may look, (B, 1, T, S): the T queries are the last of the S columns, and
+    attention_mask (B, S) is True on real tokens.
+
+    A query sees the real tokens up to itself. It always sees itself, even on padding: a row of the
+    softmax with nothing to look at would be 0/0, and the nan would spread.
+
+    Worked example: <pad> 7 + has the mask [0, 1, 1], and with T 3 the rows [1, 0, 0], [0, 1, 0],
+    [0, 1, 1]; with T 1 the last of them alone.
+    """
+    S = attention_mask.shape[-1]
+    key = torch.arange(S, device=attention_mask.device)                         # (S,)
+    query = key[S - T:, None]                                                   # (T, 1)
+    causal, itself = key <= query, key == query                                 # (T, S)
+    return causal & attention_mask.bool()[:, None, None, :] | itself            # (B, 1, T, S)
 
 
 class Padding(NamedTuple):
@@ -132,10 +152,14 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, padding, cos, sin, mask, past=None, filled=None):
         """x (N, C) -> output (N, C) and the keys and values (B, nkv, S, hd) of all that was read.
 
-        mask (B or 1, 1, T, S) is True where a query may look. `past` holds earlier keys and values
-        in one of two ways. For training (filled None) it is extended by a concatenation, through
-        which gradients reach the prompt. For sampling it is a buffer as long as the whole sequence,
-        of which `filled` columns are in use, written in place.
+        Queries and keys pass their norm and are then turned (cos, sin: see rotate), in float32
+        where x is bfloat16. mask (B or 1, 1, T, S) is True where a query may look. Query heads h g
+        to h g + g - 1, g = nh / nkv, share key/value head h.
+
+        `past` holds earlier keys and values, a pair of (B, nkv, earlier, hd), in one of two ways.
+        For training (filled None) it is extended by a concatenation, through which gradients reach
+        the prompt. For sampling it is a buffer as long as the whole sequence, of which `filled`
+        columns are in use, written in place.
         """
         N, T, hd = len(x), padding.T, self.config.head_dim
         q, k = at_least_float32(self.q_proj(x)), at_least_float32(self.k_proj(x))
@@ -224,12 +248,7 @@ class GPT(nn.Module):
             attention_mask = torch.ones(1, S, dtype=torch.bool, device=input_ids.device)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S - T:]   # (B or 1, T)
-        # A query sees the real tokens up to itself. It always sees itself, even on padding: a row
-        # of the softmax with nothing to look at would be 0/0, and the nan would spread.
-        key = torch.arange(S, device=input_ids.device)                          # (S,)
-        query = key[S - T:, None]                                               # (T, 1)
-        causal, itself = key <= query, key == query                             # (T, S)
-        mask = causal & attention_mask.bool()[:, None, None, :] | itself        # (B or 1, 1, T, S)
+        mask = causal_mask(attention_mask, T)                                   # (B or 1, 1, T, S)
         is_real, real = attention_mask[:, S - T:], None                         # (B or 1, T)
         if self.skip_padding and T > 1 and input_ids.device.type == "cpu":
             if is_real.float().mean() < 0.9:                                    # else it costs more
@@ -306,8 +325,9 @@ class GPT(nn.Module):
 
         prompt_ids, prompt_mask (P, Tp), padded on the left. temperature 0 takes the likeliest
         token; top_k 0 and top_p 1 leave the distribution whole. A completion ends with eos_id,
-        which it keeps, or after max_new_tokens (truncated). Raises InputError when prompt and
-        completion together may exceed block_size.
+        which it keeps, or after max_new_tokens (truncated). The result is as wide as the longest
+        completion. Raises InputError, which names block_size, when prompt and completion together
+        may exceed it.
         """
         P, Tp = prompt_ids.shape
         B, device = P * num_generations, prompt_ids.device
@@ -407,8 +427,13 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One draw from each row of logits (B, V): tokens (B,) and their log-probabilities (B,) under
     what was drawn from.
 
+    The logits are divided by the temperature; at 0 the likeliest token comes, with probability 1.
+    top_k leaves the k likeliest tokens (0: all). Then top_p leaves, of what is left, the smallest
+    set of the likeliest whose mass reaches top_p, and at least one. Random numbers come from the
+    generator alone.
+
     Worked example: logits log [.5, .3, .2], top_k 2 leaves [.625, .375, 0]; token 1 comes with
-    log .375, not log .3.
+    log .375, not log .3. top_p .6 leaves the same two, for .5 alone does not reach it.
     """
     if temperature == 0:   # a certain choice has probability 1
         token = logits.argmax(-1)
@@ -420,7 +445,6 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logprobs.sort(dim=-1, descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()   # mass of the likelier tokens
-        # The smallest set whose mass reaches top_p stays, and at least one token.
         drop = (before >= top_p).scatter(-1, order, before >= top_p)
         drop.scatter_(-1, order[:, :1], False)
         logprobs = torch.log_softmax(logprobs.masked_fill(drop, -math.inf), dim=-1)

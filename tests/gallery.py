@@ -30,8 +30,8 @@ BUGS = [
         "test_a_single_completion_token_is_predicted_at_the_end_of_the_prompt",
         "wyf3/llm_related#33, lucidrains/PaLM-rlhf-pytorch#31"),
     Bug("model.py", "padding is attended to: an answer depends on the others in its batch",
-        "mask = causal & attention_mask.bool()[:, None, None, :] | itself ",
-        "mask = (causal | itself)[None, None] ",
+        "return causal & attention_mask.bool()[:, None, None, :] | itself ",
+        "return (causal | itself)[None, None] ",
         "algorithms/test_attention.py::test_padding_changes_nothing",
         "huggingface/trl#2708, CarperAI/trlx#509"),
     Bug("model.py", "while sampling, every new token has the same position: samples do not come "

@@ -8,8 +8,9 @@ import torch
 
 from harness.errors import InputError
 from harness.flags import Settings, check_bounds, flag
-from llama import CLOSE, EOS, PAD, PATHS, PROMPTS, SHAPES, batch, make_model, pad, reference_llama
+from llama import CLOSE, EOS, PAD, PATHS, PROMPTS, SHAPES, batch, make_model, pad
 from model import GPT, GPTConfig
+from written_out import reference_llama
 
 
 # -- the architecture -----------------------------------------------------------------------------

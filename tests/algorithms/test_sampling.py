@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness.errors import InputError
-from llama import EOS, PAD, PROMPTS, make_model, pad
+from llama import CLOSE, EOS, PAD, PROMPTS, make_model, pad
 from model import sample
 
 
@@ -28,11 +28,9 @@ def truncate(probabilities, top_k, top_p):
     return left
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 3, 1.0), (0.8, 0, 0.7), (1.2, 4, 0.8)])
-def test_sampled_logprobs_are_those_of_the_full_forward(temperature, top_k, top_p):
-    """At every position of every row, the sampler's log-probability is the one that re-scoring
-    finds, to 1e-4."""
+def rescored(temperature, top_k=0, top_p=1.0):
+    """8 samples to each prompt, row by row and token by token: the token, the log-probability that
+    came with it, and the logits that scoring finds for it."""
     model, G = make_model(n_kv_head=2, qkv_bias=True), 8
     ids, mask = pad(PROMPTS, "left")
     generator = torch.Generator().manual_seed(1)
@@ -40,11 +38,27 @@ def test_sampled_logprobs_are_those_of_the_full_forward(temperature, top_k, top_
     assert len(set(s.completion_mask.sum(-1).tolist())) >= 4  # rows do end at different times
     owner = torch.arange(len(PROMPTS) * G) // G
     logits = model.completion_logits(ids, mask, s.completion_ids, s.completion_mask, owner)
-    for b, t in s.completion_mask.nonzero().tolist():
-        left = truncate((logits[b, t] / temperature).softmax(-1).tolist(), top_k, top_p)
-        assert left[s.completion_ids[b, t]] > 0
-        logprob = math.log(left[s.completion_ids[b, t]])
-        assert logprob == pytest.approx(s.logprobs[b, t].item(), abs=1e-4)
+    return s.completion_ids[s.completion_mask], s.logprobs[s.completion_mask], logits[
+        s.completion_mask]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_those_of_the_full_forward(temperature):
+    """At every position of every row, the sampler's log-probability is the one that re-scoring
+    finds, to 1e-4."""
+    tokens, logprobs, logits = rescored(temperature)
+    expected = (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+    torch.testing.assert_close(logprobs, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.3, 3, 1.0), (0.8, 0, 0.7), (1.2, 4, 0.8)])
+def test_sampled_logprobs_are_those_of_the_truncated_distribution(temperature, top_k, top_p):
+    """The same with top_k and top_p: the distribution that is re-scored is cut as the sampler's."""
+    for token, found, row in zip(*rescored(temperature, top_k, top_p)):
+        left = truncate((row / temperature).softmax(-1).tolist(), top_k, top_p)
+        assert left[token] > 0
+        assert math.log(left[token]) == pytest.approx(found.item(), abs=1e-4)
 
 
 def test_greedy_is_the_argmax_of_a_full_forward_at_every_step():
@@ -166,6 +180,26 @@ def test_each_row_is_cut_by_its_own_order():
     logits = torch.tensor([[.7, .2, .1], [.1, .2, .7], [.2, .7, .1]]).log().repeat(300, 1)
     for kwargs in (dict(top_k=1), dict(top_p=.5), dict(temperature=0)):
         assert sample(logits, **kwargs)[0].view(300, 3).unique(dim=0).tolist() == [[0, 2, 1]]
+
+
+def test_the_likeliest_token_is_certain_at_temperature_0():
+    """Every row's likeliest token, whatever top_k and top_p say, with the log-probability 0."""
+    logits = torch.tensor([[.2, .5, .3], [.6, .3, .1]]).log()
+    for kwargs in (dict(), dict(top_k=2), dict(top_p=.5)):
+        token, logprob = sample(logits, temperature=0, **kwargs)
+        assert token.tolist() == [1, 0] and logprob.tolist() == [0, 0]
+
+
+def test_a_generator_goes_on_where_it_was():
+    """The same seed draws the same tokens, and two draws after one another are not alike; nothing
+    else decides them."""
+    logits = torch.zeros(50, 7)
+    one, two = (torch.Generator().manual_seed(3) for _ in range(2))
+    drawn = []
+    for generator in (one, one, two, two):
+        torch.rand(len(drawn))   # other random numbers in between
+        drawn.append(sample(logits, generator=generator)[0].tolist())
+    assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
 
 
 # the ends of torch.rand's range
