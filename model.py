@@ -326,8 +326,8 @@ class GPT(nn.Module):
         prompt_ids, prompt_mask (P, Tp), padded on the left. temperature 0 takes the likeliest
         token; top_k 0 and top_p 1 leave the distribution whole. A completion ends with eos_id,
         which it keeps, or after max_new_tokens (truncated). The result is as wide as the longest
-        completion. Raises InputError, which names block_size, when prompt and completion together
-        may exceed it.
+        completion. Raises InputError, which names block_size and its value, when prompt and
+        completion together may exceed it.
         """
         P, Tp = prompt_ids.shape
         B, device = P * num_generations, prompt_ids.device

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -28,15 +29,21 @@ os.environ["OMP_NUM_THREADS"] = "1"   # before torch
 import torch
 
 from assignments import check, make, table, wire
+from harness.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 300   # for all tests of one folder
 # What a body may ask of the objects that it is given: names that only look.
 REACHABLE = {"encode", "eos_id", "pad_id", "vocab_size", "completion_logits", "device", "dtype",
              "config", "model", "ref_model", "tokenizer"}
+# Of the file of the body that is called: modules that the worker builds anew, from their config and
+# their numbers, and named tuples; the named tuples that a body may return; and the argument that it
+# may write to.
+BUILT, NAMED, RETURNED = {"GPT", "CausalSelfAttention"}, {"Padding"}, {"Samples": "model"}
+WRITES = {"model.CausalSelfAttention.forward": "past"}
 ERRORS = {e.__name__: e for e in (ValueError, TypeError, IndexError, KeyError, RuntimeError,
                                   AttributeError, NameError, NotImplementedError, MemoryError,
-                                  ZeroDivisionError, ImportError, RecursionError)}
+                                  ZeroDivisionError, ImportError, RecursionError, InputError)}
 
 
 # -- the named bodies, and nothing else -----------------------------------------------------------
@@ -157,21 +164,37 @@ class Peer:
             self.start()
         self.number += 1
         number, leaves, kept, blobs = self.number, [], [], []
+        buffers, generators = [], []
+        may_write = list(map(id, written_to(name, args, kwargs)))
         end = time.monotonic() + self.seconds
 
         def tensor(t):
+            if id(t) in may_write and not t.requires_grad:
+                buffers.append(t)
+                return {"written": len(buffers) - 1}
             if not t.requires_grad:
                 return {}
             leaves.append(t)
             return {"leaf": len(leaves) - 1}
 
+        def again(value):
+            return wire.pack(value, blobs, tensor, other)
+
         def other(value):
+            kind, file = type(value), type(value).__module__
+            if isinstance(value, torch.Generator):
+                generators.append(value)
+                return {"generator": again(value.get_state())}
+            if file == name.split(".")[0] and kind.__name__ in NAMED:
+                return {"named": again([file, kind.__name__, *value])}
+            if file == name.split(".")[0] and kind.__name__ in BUILT:
+                return {"module": again([file, kind.__name__, *numbers_of(value)])}
             kept.append(value)
             return {"remote": len(kept) - 1}
 
         def pack(value):
             blobs.clear()
-            return wire.pack(value, blobs, tensor, other)
+            return again(value)
 
         arguments = pack([list(args), kwargs])
         self.send(name, {"kind": "call", "number": number, "name": name, "arguments": arguments,
@@ -193,7 +216,24 @@ class Peer:
             words = " ".join(str(message.get("words"))[:300].split())
             error = ERRORS.get(str(message["error"]), Body)
             raise error(words if error is not Body else f"{name}: {message['error']} {words}")
+        self.keep(name, message.get("kept"), blob, buffers, generators)
         return self.value(name, number, message.get("value"), blob, leaves)
+
+    def keep(self, name, entry, blob, buffers, generators):
+        """What a call has written to, and how far it has used up its generators."""
+        try:
+            written, states = wire.unpack(entry, blob)
+            for olds, news in ((buffers, written), ([g.get_state() for g in generators], states)):
+                if [(t.shape, t.dtype) for t in olds] != [(t.shape, t.dtype) for t in news]:
+                    raise ValueError
+            for generator, state in zip(generators, states):
+                generator.set_state(state)
+            with torch.no_grad():
+                for buffer, new in zip(buffers, written):
+                    if not torch.equal(buffer, new):
+                        buffer.copy_(new)
+        except (wire.Broken, ValueError, TypeError, AttributeError, RuntimeError):
+            raise Body(f"{name}: what it has written to is of no use") from None
 
     def answer(self, message, blob, kept):
         """What a body asks of an object: an attribute that it may see, or a call of a method that
@@ -214,11 +254,16 @@ class Peer:
         """What a call returned, joined to the gradients of what it was given."""
         def grows(t, entry):
             return bool(leaves) and entry.get("grad") is True and t.is_floating_point()
+        def unpack(tensor):
+            def named(kind, inner):
+                kind, *fields = wire.unpack(inner, blob, tensor, named)
+                return getattr(importlib.import_module(RETURNED[kind]), kind)(*fields)
+            return wire.unpack(entry, blob, tensor, named)
         outputs = []
         try:
-            wire.unpack(entry, blob, lambda t, e: grows(t, e) and outputs.append(t))
+            unpack(lambda t, e: grows(t, e) and outputs.append(t))
             joined = iter(Call.apply(self, name, number, outputs, *leaves) if outputs else ())
-            return wire.unpack(entry, blob, lambda t, e: next(joined) if grows(t, e) else t)
+            return unpack(lambda t, e: next(joined) if grows(t, e) else t)
         except wire.Broken as error:
             raise Body(f"{name}: {error}") from None
 
@@ -239,6 +284,25 @@ class Peer:
         except (wire.Broken, KeyError, TypeError):
             pass
         raise Body(f"{name}: its gradient could not be computed: {words}")
+
+
+def numbers_of(module):
+    """A module's config, its parameters and buffers, and its plain attributes."""
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)),
+               **dict(module.named_buffers())}
+    plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str)}
+    config = module.config
+    return [type(config).__name__, dataclasses.asdict(config)], tensors, plain
+
+
+def written_to(name, args, kwargs):
+    """The tensors that a body may write to."""
+    if name not in WRITES:
+        return []
+    holder, last = place(name)
+    given = inspect.signature(getattr(holder, last)).bind(*args, **kwargs).arguments
+    found = given.get(WRITES[name])
+    return [found] if isinstance(found, torch.Tensor) else list(found or ())
 
 
 class Call(torch.autograd.Function):

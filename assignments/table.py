@@ -94,6 +94,47 @@ ASSIGNMENTS = (
            6 logprobs          test_logprobs_elsewhere
         """)),
     Assignment(
+        2, "The transformer and sampling",
+        bodies=("model.rotate", "model.causal_mask", "model.CausalSelfAttention.forward",
+                "model.sample", "model.GPT.generate"),
+        also=(),
+        known=("raise InputError(",),
+        requirements=requirements("""
+        algorithms/test_attention_by_hand.py
+           6 rotate            test_a_quarter_turn_worked_by_hand
+           2 rotate            test_a_turn_keeps_lengths_and_depends_on_distance
+           2 rotate            test_only_distances_matter
+           5 causal_mask       test_the_mask_worked_by_hand
+           4 causal_mask       test_the_mask_of_the_last_columns
+           4 causal_mask       test_every_query_sees_itself_even_on_padding
+           5 forward           test_attention_worked_by_hand
+           4 forward           test_query_heads_share_the_keys_of_their_group
+           6 forward           test_a_buffer_is_filled_as_the_whole_is_read
+        algorithms/test_attention.py
+           5 forward           test_every_path_gives_the_same_logits_and_gradients
+           4 forward           test_padding_changes_nothing
+           2 forward           test_a_token_changes_what_follows_it_and_nothing_before
+        algorithms/test_sampling.py
+           9 sample            test_draws_follow_the_distribution
+           3 sample            test_each_row_is_cut_by_its_own_order
+           2 sample            test_the_likeliest_token_is_certain_at_temperature_0
+           2 sample            test_a_generator_goes_on_where_it_was
+           4 generate          test_sampled_logprobs_are_those_of_the_full_forward
+           3 generate          test_greedy_is_the_argmax_of_a_full_forward_at_every_step
+           4 generate          test_eos_is_kept_and_ends_the_row
+           1 generate          test_eos_as_the_last_allowed_token_is_not_truncation
+           2 generate          test_row_b_answers_prompt_b_over_num_generations
+           1 generate          test_too_long_for_the_context_is_an_input_error
+        """),
+        hidden=requirements("""
+        test_2.py
+           3 rotate            test_rotations_elsewhere
+           4 causal_mask       test_masks_elsewhere
+           5 forward           test_attention_elsewhere
+           4 sample            test_draws_elsewhere
+           4 generate          test_samples_elsewhere
+        """)),
+    Assignment(
         3, "DFT and its family",
         bodies=("dft.imitation_weights", "dft.psft_loss", "dft.anchor_loss", "dft.gem_loss"),
         also=("hybrid.imitation_loss", "rft.RFT.loss", "distill.kl"),

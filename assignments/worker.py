@@ -10,6 +10,7 @@ processes, memory, and as root its rights.
 """
 
 import ctypes
+import importlib
 import os
 import resource
 import socket
@@ -92,18 +93,34 @@ class Remote:
 class Worker:
 
     def __init__(self, socket, functions):
-        self.socket, self.functions, self.graphs = socket, functions, {}
+        self.socket, self.functions, self.graphs, self.kept = socket, functions, {}, {}
 
     def say(self, message, blobs=()):
         wire.send(self.socket, message, blobs)
 
     def read(self, entry, blob, call):
-        """A value of the judge's; tensors with a gradient become leaves of the call."""
+        """A value of the judge's; tensors with a gradient become leaves of the call. What it may
+        write to is kept, for the judge wants it back."""
         def tensor(value, entry):
             if "leaf" in entry:
                 self.graphs[call][1].append(value.requires_grad_())
+            if "written" in entry:
+                self.kept[call][0].append(value)
             return value
-        return wire.unpack(entry, blob, tensor, lambda kind, n: Remote(self, n, call))
+
+        def other(kind, inner):
+            if kind == "remote":
+                return Remote(self, inner, call)
+            inner = wire.unpack(inner, blob, tensor, other)
+            if kind == "generator":
+                generator = torch.Generator()
+                generator.set_state(inner)
+                self.kept[call][1].append(generator)
+                return generator
+            file, name, *rest = inner
+            made = getattr(importlib.import_module(file), name)
+            return made(*rest) if kind == "named" else module(made, *rest)
+        return wire.unpack(entry, blob, tensor, other)
 
     def ask(self, message, call, arguments=((), {})):
         """Ask the judge in the middle of a call, which may answer with a call of its own."""
@@ -137,7 +154,7 @@ class Worker:
         double = message["double"]
         torch.set_default_dtype(torch.float64 if double else torch.float32)
         torch.Tensor.float = torch.Tensor.double if double else FLOAT   # as the tests' fixture does
-        self.graphs[number] = outputs, []
+        self.graphs[number], self.kept[number] = (outputs, []), ([], [])
         args, kwargs = self.read(message["arguments"], blob, number)
         with torch.set_grad_enabled(message["grad"]):
             value = self.functions[message["name"]](*args, **kwargs)
@@ -146,7 +163,18 @@ class Worker:
             if t.requires_grad:
                 outputs.append(t)
             return {"grad": bool(t.requires_grad)}
-        return {"value": wire.pack(value, blobs, tensor)}, blobs
+
+        def other(value):
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                named = [type(value).__name__, *value]
+                return {"named": wire.pack(named, blobs, tensor, other)}
+            raise TypeError(f"it returned a value of type {type(value).__name__}"[:100])
+        packed = wire.pack(value, blobs, tensor, other)
+        written, generators = self.kept.pop(number)
+        kept = wire.pack([written, [g.get_state() for g in generators]], blobs)
+        if not outputs:
+            del self.graphs[number]
+        return {"value": packed, "kept": kept}, blobs
 
     def backward(self, message, blob):
         """The gradients of a call's leaves from those of what it returned."""
@@ -156,6 +184,20 @@ class Worker:
                                     allow_unused=True)
         blobs = []
         return {"value": wire.pack(list(found), blobs)}, blobs
+
+
+def module(kind, config, tensors, plain):
+    """A module of the student's copy, with the judge's numbers in the place of its parameters: they
+    are leaves of the call, as parameters would be."""
+    made = kind(getattr(importlib.import_module(kind.__module__), config[0])(**config[1]))
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        owner = made.get_submodule(path)
+        delattr(owner, last)
+        setattr(owner, last, tensor)
+    for name, value in plain.items():
+        setattr(made, name, value)
+    return made
 
 
 FLOAT = torch.Tensor.float

@@ -41,6 +41,15 @@ def test_a_turn_keeps_lengths_and_depends_on_distance():
     assert close(here, there) and not close(here, x[0] @ x[1].T)
 
 
+def test_only_distances_matter():
+    """Adding a constant to every position changes no logit (to 1e-4); doubling the distances
+    does."""
+    model, ids, positions = make_model(), torch.tensor([PROMPTS[2]]), torch.arange(7)[None]
+    here, further = (model(ids, position_ids=positions + by) for by in (0, 20))
+    torch.testing.assert_close(further, here, **CLOSE)
+    assert (model(ids, position_ids=positions * 2) - model(ids)).abs().max() > 0.01
+
+
 # -- the mask -------------------------------------------------------------------------------------
 
 

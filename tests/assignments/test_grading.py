@@ -5,6 +5,7 @@ process, against the same tests.
 """
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -52,6 +53,54 @@ WRONG = {1: [
           "[[True] * len(c) + [False] * (width - len(c))\n",
           "[[i != tokenizer.pad_id for i in c] + [False] * (width - len(c))\n",
           84, "test_a_real_token_may_equal_the_pad_id"),
+], 2: [
+    Wrong("model.rotate", "neighbours are paired, as in GPT-J",
+          "x1, x2 = x.chunk(2, dim=-1)", "x1, x2 = x[..., 0::2], x[..., 1::2]",
+          81, "test_a_quarter_turn_worked_by_hand"),
+    Wrong("model.rotate", "turned the other way",
+          "x1 * cos - x2 * sin, x2 * cos + x1 * sin", "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
+          86, "test_a_quarter_turn_worked_by_hand"),
+    Wrong("model.causal_mask", "padding is looked at",
+          "return causal & attention_mask.bool()[:, None, None, :] | itself",
+          "return (causal | itself)[None, None]", 63, "test_padding_changes_nothing"),
+    Wrong("model.causal_mask", "a query on padding sees nothing", " | itself", "",
+          83, "test_every_query_sees_itself_even_on_padding"),
+    Wrong("model.causal_mask", "new tokens are counted from the first column",
+          "query = key[S - T:, None]", "query = key[:T, None]",
+          59, "test_the_mask_of_the_last_columns"),
+    Wrong("model.CausalSelfAttention.forward", "heads of keys are tiled, not repeated in pairs",
+          "enable_gqa=grouped)", "enable_gqa=False) if not grouped else "
+          "F.scaled_dot_product_attention(q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) "
+          "for t in (k, v)), attn_mask=mask)",
+          91, "test_query_heads_share_the_keys_of_their_group"),
+    Wrong("model.CausalSelfAttention.forward", "no gradient reaches the prompt",
+          "torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)",
+          "torch.cat([past[0].detach(), k], dim=2), torch.cat([past[1].detach(), v], dim=2)",
+          90, "test_every_path_gives_the_same_logits_and_gradients"),
+    Wrong("model.CausalSelfAttention.forward", "the buffer is read and never written",
+          "past[0][:, :, filled:filled + T], past[1][:, :, filled:filled + T] = k, v\n"
+          "            k, v = past[0][:, :, :filled + T], past[1][:, :, :filled + T]",
+          "k, v = (torch.cat([t[:, :, :filled], new], dim=2) for t, new in zip(past, (k, v)))",
+          76, "test_a_buffer_is_filled_as_the_whole_is_read"),
+    Wrong("model.sample", "log-probabilities from before the cut",
+          "return token.squeeze(-1), logprobs.gather(",
+          "return token.squeeze(-1), (logits / temperature).log_softmax(-1).gather(",
+          83, "test_draws_follow_the_distribution"),
+    Wrong("model.sample", "top_p leaves out the token that reaches the mass",
+          "ordered.exp().cumsum(-1) - ordered.exp()", "ordered.exp().cumsum(-1)",
+          83, "test_draws_follow_the_distribution"),
+    Wrong("model.sample", "random numbers from elsewhere", "generator=generator, ", "",
+          98, "test_a_generator_goes_on_where_it_was"),
+    Wrong("model.GPT.generate", "every new token at the same position",
+          "            next_position = next_position + 1\n", "",
+          89, "test_sampled_logprobs_are_those_of_the_full_forward"),
+    Wrong("model.GPT.generate", "the end is cut from the mask",
+          "length[rows[ended]], truncated[rows[ended]] = t + 1, False",
+          "length[rows[ended]], truncated[rows[ended]] = t, False",
+          88, "test_eos_is_kept_and_ends_the_row"),
+    Wrong("model.GPT.generate", "an end in the last place is taken for none",
+          "T = int(length.max())", "T, truncated = int(length.max()), length == max_new_tokens",
+          95, "test_eos_as_the_last_allowed_token_is_not_truncation"),
 ], 3: [
     Wrong("dft.imitation_weights", "detach forgotten", "    logprobs = logprobs.detach()\n", "",
           57, "test_weights_are_detached"),
@@ -178,7 +227,7 @@ def code_of(namespace, name):
     found = namespace[first]
     for part in path:
         found = getattr(found, part)
-    return found
+    return inspect.unwrap(found)
 
 
 @pytest.mark.parametrize("number", WRONG)

@@ -61,7 +61,7 @@ def test_commands_are_taken(number, command):
         arms = words[:words.index("--seeds")]
         first = next((i for i, word in enumerate(arms) if word.startswith("--")), len(arms))
         assert compare.plan(arms[:first], arms[first:], 0, 1)
-    algorithms = set(re.findall(r"\b(sft|dft|grpo|ppo|dpo|hybrid|rft|distill)\b", command))
+    algorithms = set(re.findall(r"\b(pretrain|sft|dft|grpo|ppo|dpo|hybrid|rft|distill)\b", command))
     left_out = {name.split(".")[0] for name in table.assignment(number).also}
     assert algorithms and not algorithms & left_out
 

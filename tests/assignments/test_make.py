@@ -231,8 +231,9 @@ def test_what_a_student_sees_first(copies):
 
 def test_a_run_that_reaches_a_missing_body_names_it(copies):
     """In one line, with exit code 2."""
-    done = python(copies[1], "train.py", "--algo", "sft", "--max_steps", 1)
-    assert done.returncode == 2 and done.stderr == "error: data.collate: yours to write\n"
+    for number, body in ((1, "data.collate"), (2, "model.GPT.generate")):
+        done = python(copies[number], "train.py", "--algo", "sft", "--max_steps", 1)
+        assert done.returncode == 2 and done.stderr == f"error: {body}: yours to write\n"
 
 
 def test_a_mistake_is_named_with_numbers(copies, tmp_path):
@@ -289,7 +290,7 @@ def test_the_workflow_has_a_step_for_each_requirement():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["make", "10", "--out", "x"], "there is no assignment 10: choose from 1, 3, 4, 5, 6, 8, 9"),
+    (["make", "10", "--out", "x"], "there is no assignment 10: choose from 1, 2, 3, 4, 5, 6, 8, 9"),
     (["make", "6"], "the following arguments are required: --out"),
     (["make", "6", "--out", "."], "is there already: choose another folder"),
     (["grade", "6", "nowhere"], "nowhere is no folder"),
