@@ -7,6 +7,7 @@ Assignments for a course, cut from the project's own files and graded by its own
 table.py      the assignments: what is cut, what is required, what it is worth
 make.py       a student's copy
 check.py      what a student runs in it; bodies and signatures taken apart
+walk.py       assignment 0, in which nothing is cut; answers.py is what a student runs in it
 grade.py      many folders: processes, table, results.json
 judge.py      one folder: the tests, in a process that never runs the student's code
 worker.py     the student's code, in a process of its own that knows no test

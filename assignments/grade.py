@@ -47,28 +47,45 @@ def results(assignment, why):
     return {"score": sum(test["score"] for test in tests), "tests": tests}
 
 
-def line(assignment, name, found):
+def bodies(found):
+    """What the tests are about: the words before the colon."""
+    return list(dict.fromkeys(test["name"].split(":")[0] for test in found["tests"]))
+
+
+def line(name, found):
     """A student's points, in all and body by body."""
     parts = []
-    for body in dict.fromkeys(r.body for r in assignment.all()):
+    for body in bodies(found):
         chosen = [t for t in found["tests"] if t["name"].split(":")[0] == body]
         parts.append(f"{sum(t['score'] for t in chosen)}/{sum(t['max_score'] for t in chosen)}")
     return [name, str(found["score"]), *parts]
 
 
-def grade(assignment, folders, out, salt="", seconds=20, jobs=1):
-    """Grade folders and print a table. -> {name: results}"""
+def names_of(folders):
+    """The names of folders. Raises InputError where one is none, or has another's name."""
     names = [folder.resolve().name for folder in folders]
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is no folder")
         if names.count(folder.resolve().name) > 1:
             raise InputError(f"two folders are named {folder.resolve().name}: rename one")
+    return names
+
+
+def grade(assignment, folders, out, salt="", seconds=20, jobs=1):
+    """Grade folders and print a table. -> {name: results}"""
+    names = names_of(folders)
     with ThreadPoolExecutor(jobs) as pool:
         answers = pool.map(lambda folder: ask(assignment, folder, salt, seconds), folders)
         found = {name: results(assignment, why) for name, why in zip(names, answers)}
-    bodies = dict.fromkeys(r.body for r in assignment.all())
-    rows = [["folder", "points", *bodies], *(line(assignment, *pair) for pair in found.items())]
+    show(found, out)
+    return found
+
+
+def show(found, out):
+    """Print a table of {name: results} and write each student's results.json."""
+    first = next(iter(found.values()))
+    rows = [["folder", "points", *bodies(first)], *(line(*pair) for pair in found.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]),
@@ -78,4 +95,3 @@ def grade(assignment, folders, out, salt="", seconds=20, jobs=1):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(one, indent=1) + "\n")
     print(f"Why: {out}/<folder>/results.json")
-    return found

@@ -331,11 +331,12 @@ def assignment(number):
     for one in ASSIGNMENTS + MORE:
         if str(one.number) == str(number):
             return one
-    known = ", ".join(str(one.number) for one in ASSIGNMENTS + MORE)
+    known = ", ".join(["0", *(str(one.number) for one in ASSIGNMENTS + MORE)])
     raise InputError(f"there is no assignment {number}: choose from {known}")
 
 
 def overview():
     lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies) or 'a report, graded by hand'}"
              for one in ASSIGNMENTS + MORE)
-    return "Assignments cut from the project's files, graded by its tests.\n\n" + "\n".join(lines)
+    return ("Assignments cut from the project's files, graded by its tests.\n\n  0  A first walk: "
+            "eight questions, nothing to write\n" + "\n".join(lines))
