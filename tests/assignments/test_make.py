@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from assignments import check, make, table
 from assignments.__main__ import main
@@ -266,6 +267,18 @@ def test_reasons_are_short():
     assert check.difference("text", [1]) == "found shape (), expected ()"
     assert check.first_sentence("The clip (PPO, 1707.06347, eq. 7) cuts. And so on.") == (
         "The clip cuts.")
+
+
+def test_a_comparison_of_torch_is_told_with_its_numbers(tmp_path):
+    """torch.testing.assert_close raises in torch's own file: what is told is the test's line, and
+    where the two are furthest apart; afterwards it is torch's again."""
+    path, compare = tmp_path / "test_it.py", torch.testing.assert_close
+    path.write_text("import torch\n\n\ndef test_it():\n    found = torch.zeros(9)\n"
+                    "    found[2], found[7] = 1e-5, 2\n"
+                    "    torch.testing.assert_close(found, torch.zeros(9), rtol=0, atol=1e-4)\n")
+    assert check.run([f"{path}::test_it"]) == {
+        "test_it.py::test_it": "at [7] found 2, expected 0; 1 of 9 are off"}
+    assert torch.testing.assert_close is compare
 
 
 def test_a_failure_that_cannot_be_told_is_a_failure():
