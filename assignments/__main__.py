@@ -34,14 +34,16 @@ def parse(words):
 
 def main(words):
     asked = parse(words)
-    if asked.number == "0":
-        return first_walk(asked)
     assignment = table.assignment(asked.number)
     if asked.command == "make":
         from assignments.make import make
         make(assignment, asked.out)
         print(f"Assignment {assignment.number}, {assignment.title}: {asked.out}; there, "
               "`python check.py`")
+        return 0
+    if assignment.number == 0:
+        from assignments import walk
+        walk.grade_all(asked.folders, asked.out)
         return 0
     if not assignment.bodies:
         raise InputError(f"assignment {assignment.number} is graded by hand, with the rubric in "
@@ -51,17 +53,6 @@ def main(words):
         raise InputError("--jobs and --seconds: numbers above 0")
     from assignments.grade import grade
     grade(assignment, asked.folders, asked.out, asked.salt, asked.seconds, asked.jobs)
-    return 0
-
-
-def first_walk(asked):
-    """Assignment 0, in which nothing is cut."""
-    from assignments import make, walk
-    if asked.command == "make":
-        make.commit(walk.copy_of(), asked.out, walk.TITLE)
-        print(f"{walk.TITLE}: {asked.out}; there, read README.md")
-    else:
-        walk.grade_all(asked.folders, asked.out)
     return 0
 
 

@@ -296,6 +296,7 @@ ASSIGNMENTS = (
 )
 
 MORE = (
+    Assignment(0, "A first walk", (), (), (), (), ()),
     Assignment(8, "SFT or RL?", (), (), (), (), ()),
     Assignment(
         9, "Three one-liners",
@@ -331,12 +332,12 @@ def assignment(number):
     for one in ASSIGNMENTS + MORE:
         if str(one.number) == str(number):
             return one
-    known = ", ".join(["0", *(str(one.number) for one in ASSIGNMENTS + MORE)])
+    known = ", ".join(sorted(str(one.number) for one in ASSIGNMENTS + MORE))
     raise InputError(f"there is no assignment {number}: choose from {known}")
 
 
 def overview():
-    lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies) or 'a report, graded by hand'}"
-             for one in ASSIGNMENTS + MORE)
-    return ("Assignments cut from the project's files, graded by its tests.\n\n  0  A first walk: "
-            "eight questions, nothing to write\n" + "\n".join(lines))
+    uncut = {0: "eight questions about a run", 8: "a report, graded by hand"}
+    lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies) or uncut[one.number]}"
+             for one in sorted(ASSIGNMENTS + MORE, key=lambda one: one.number))
+    return "Assignments cut from the project's files, graded by its tests.\n\n" + "\n".join(lines)

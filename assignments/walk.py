@@ -11,7 +11,6 @@ import re
 from assignments import answers, grade, judge, make
 from tasks import Chain
 
-TITLE = "Assignment 0: A first walk"
 POINTS = 10   # for each answer; as much for a run, and for a batch, of one's own seed
 ALGORITHMS = answers.ALGORITHMS.split(", ")
 

@@ -168,7 +168,8 @@ def test_a_batch_is_read_as_it_is_shown():
     which the number of tokens follows."""
     algos = {name: make_algorithm(train.ALGORITHMS[name], coin if name in ("dpo", "ppo", "grpo")
                                   else None, ref_seed=None) for name in tokens.SIDE_BY_SIDE}
-    text = tokens.inspect_all(algos, PROBLEMS, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    text = tokens.table(tokens.side_by_side(algos, PROBLEMS, generator))
     prompt, chosen, rejected = walk.batch(text)
     assert prompt in [e["prompt"] for e in PROBLEMS]
     assert list(chosen[0][1]) == walk.ALGORITHMS == list(tokens.SIDE_BY_SIDE)
