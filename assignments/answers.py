@@ -64,7 +64,8 @@ def main(folder):
     print(f"{'ok' if ok else '--'} seed  {answers['seed'] if ok else 'one or two digits'}")
     for number, (asked, what, _) in QUESTIONS.items():
         said = answers[number]
-        print(f"{'ok' if said else '--'} {number}     {' '.join(said) if said else asked}")
+        words = ("; " if number == 7 else " ").join(map(str.strip, said)) if said else asked
+        print(f"{'ok' if said else '--'} {number}     {words}")
         if not said:
             print(f"         > {what}")
         ok &= said is not None

@@ -3,8 +3,9 @@ What judge and worker say to each other: JSON and the bytes of tensors, over a s
 unpickled, so that what the student's process sends can be wrong, but it can run nothing.
 
 A message is two lengths (8 bytes each), a JSON text and the tensors' bytes. Values are None, bool,
-int, float, str, torch.dtype, torch.device, tensors, and lists, tuples and dicts of them; whatever
-else the judge has (a model, a tokenizer) is sent as a number under which it can be asked for.
+int, float, str, torch.dtype, torch.device, tensors, and lists, tuples and dicts of them. Random
+generators, named tuples and some modules are sent as what they are made of; whatever else the judge
+has (an algorithm, a tokenizer) as a number under which it can be asked for.
 """
 
 import json

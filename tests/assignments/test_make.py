@@ -164,6 +164,14 @@ def test_nothing_that_tells_is_copied(assignment):
         assert line not in everything
 
 
+def test_what_is_written_out_in_loops_stays_here():
+    """Llama in loops, and top_k and top_p in loops, stand beside tests of the copy of 2."""
+    files = make.copy_of(table.assignment(2))
+    assert "tests/llama.py" in files and "tests/algorithms/test_sampling.py" in files
+    for name in ("reference_llama", "truncate(", "left_of("):
+        assert not [path for path, text in files.items() if name in text]
+
+
 @ASSIGNMENTS
 def test_nothing_that_is_needed_is_left_out(assignment):
     """Every module that a copied test file imports is copied or no part of the project, and every
