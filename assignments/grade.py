@@ -74,10 +74,15 @@ def names_of(folders):
 
 def grade(assignment, folders, out, salt="", seconds=20, jobs=1):
     """Grade folders and print a table. -> {name: results}"""
+    return report(lambda folder: results(assignment, ask(assignment, folder, salt, seconds)),
+                  folders, out, jobs)
+
+
+def report(judged, folders, out, jobs):
+    """judged(folder) -> results, of all folders; a table, and results.json of each."""
     names = names_of(folders)
     with ThreadPoolExecutor(jobs) as pool:
-        answers = pool.map(lambda folder: ask(assignment, folder, salt, seconds), folders)
-        found = {name: results(assignment, why) for name, why in zip(names, answers)}
+        found = dict(zip(names, pool.map(judged, folders)))
     show(found, out)
     return found
 

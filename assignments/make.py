@@ -211,11 +211,16 @@ def write(files, folder):
 
 def make(assignment, folder):
     """Write a student's copy into a new folder, with a history of one commit."""
+    hand_out(copy_of(assignment), folder, f"Assignment {assignment.number}: {assignment.title}")
+
+
+def hand_out(files, folder, message):
+    """Write files into a new folder and commit them."""
     if shutil.which("git") is None:
         raise InputError("git is not installed: a student's copy has a history of its own")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out {folder} is there already: choose another folder")
-    write(copy_of(assignment), folder)
+    write(files, folder)
     for words in (["init", "-q", "-b", "main", "--template="], ["add", "-A"],
-                  ["commit", "-q", "-m", f"Assignment {assignment.number}: {assignment.title}"]):
+                  ["commit", "-q", "-m", message]):
         subprocess.run(["git", *words], cwd=folder, check=True, env={**os.environ, **COMMIT})
