@@ -21,6 +21,7 @@ import torch
 import wire   # its neighbour: this file is run as a script
 
 MEMORY, CPU_SECONDS, NOBODY = 2 << 30, 120, 65534
+WRITTEN = 16 << 20   # bytes of a file, where one may be written
 # What a body is likely to import, loaded before the disk is closed.
 LOADED = ("bisect", "collections", "copy", "dataclasses", "functools", "itertools", "math", "numpy",
           "operator", "random", "statistics", "torch.nn.functional", "typing", "warnings")
@@ -29,27 +30,28 @@ LOADED = ("bisect", "collections", "copy", "dataclasses", "functools", "itertool
 # -- what it may not do ---------------------------------------------------------------------------
 
 
-def lock():
+def lock(readable=(), writable=None):
     """No more memory than now and 2 GB, no file grows, no process is started, none is signalled,
     the disk is closed but for Python's own folders, and so is TCP. What a system does not offer is
-    left out: the limits are POSIX, the rest is Linux (Landlock, from 5.13 on)."""
+    left out: the limits are POSIX, the rest is Linux (Landlock, from 5.13 on). readable: folders
+    that may be read besides. writable: one in which files may be written, as the present user."""
     def limit(what, value):
         resource.setrlimit(what, (value, value))
     if sys.platform == "linux":
         pages = int(open("/proc/self/statm").read().split()[0])
         limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
-        landlock(ctypes.CDLL(None, use_errno=True))
+        landlock(ctypes.CDLL(None, use_errno=True), readable, writable)
     limit(resource.RLIMIT_CPU, CPU_SECONDS)
-    limit(resource.RLIMIT_FSIZE, 0)
+    limit(resource.RLIMIT_FSIZE, WRITTEN if writable else 0)
     limit(resource.RLIMIT_CORE, 0)
-    if os.getuid() == 0:   # which no limit on processes binds
+    if os.getuid() == 0 and not writable:   # which no limit on processes binds
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     limit(resource.RLIMIT_NPROC, 0)
 
 
-def landlock(libc):
+def landlock(libc, readable=(), writable=None):
     """The kernel's sandbox without privileges: https://docs.kernel.org/userspace-api/landlock.html.
     Files may be read below Python's folders alone; what is not allowed by a rule is denied."""
     create, add, restrict = 444, 445, 446   # the same numbers on every architecture
@@ -63,9 +65,10 @@ def landlock(libc):
                                                           16 if version < 6 else 24]
     rules = libc.syscall(create, attributes, len(attributes), 0)
     folders = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(torch.__file__))}
-    for path in sorted(folders):
+    allowed = dict.fromkeys([*folders, *readable], execute | read_file | read_folder)
+    for path, what in {**allowed, **({writable: rights} if writable else {})}.items():
         folder = os.open(path, os.O_PATH)
-        rule = struct.pack("<Qi", execute | read_file | read_folder, folder)
+        rule = struct.pack("<Qi", what, folder)
         libc.syscall(add, rules, 1, rule, 0)
         os.close(folder)
     libc.prctl(38, 1, 0, 0, 0)   # PR_SET_NO_NEW_PRIVS
