@@ -10,6 +10,7 @@ fail, and over the files as they stand, where it has to pass. The exit code is 0
 
 import ast
 import builtins
+import functools
 import importlib.abc
 import importlib.util
 import os
@@ -88,6 +89,11 @@ def identifiers(tree):
             yield from ((word, node.lineno, False) for word in node.names)
 
 
+@functools.cache
+def named(text):
+    return {name for name, _, _ in identifiers(ast.parse(text))}
+
+
 def complaint(text, modules):
     """Why a test is not run, in one line; None if it may be. modules: the names of the project's.
     Raises nothing: what is no Python is said as well."""
@@ -140,8 +146,8 @@ def refusal(planted, theirs, project):
         return "nothing is changed"
     if number > CHANGED:
         return f"{number} lines are changed, and {CHANGED} may be"
-    known = {name for text in project for name, _, _ in identifiers(ast.parse(text))}
-    known |= {arg.arg for tree in trees[:1] for arg in ast.walk(tree) if isinstance(arg, ast.arg)}
+    known = set().union(*map(named, project))
+    known |= {arg.arg for arg in ast.walk(trees[0]) if isinstance(arg, ast.arg)}
     known |= {name for name in (*dir(torch.Tensor), *dir(builtins)) if not name.startswith("_")}
     old, new = ([name for name, _, _ in identifiers(tree)] for tree in trees)
     stored = {n.id for n in ast.walk(trees[1]) if isinstance(n, ast.Name)

@@ -154,8 +154,8 @@ def test_what_is_no_test_is_said(text, message):
 
 # What gets past the names is still in a locked process, over other bytes each time.
 PAST = {
-    "bytes": "import grpo\nBEFORE = {hash}\ndef test_x():\n"
-             "    assert hash(grpo.policy_loss.__code__.co_code) != BEFORE\n",
+    "bytes": "import grpo\nBEFORE = {code}\ndef test_x():\n"
+             "    assert grpo.policy_loss.__code__.co_code != BEFORE\n",
     "source": "import inspect, grpo\ndef test_x():\n"
               "    assert '.detach() * A * logprobs' in inspect.getsource(grpo)\n",
     "reads": "def test_x():\n    assert '.detach() * A' in open({root!r} + '/grpo.py').read()\n",
@@ -177,7 +177,7 @@ def test_what_gets_past_the_names_earns_nothing(bench, name, tmp_path, monkeypat
         pytest.skip("this kernel lacks version 6 of Landlock")
     known = compile(bugs.plant([CISPO])["grpo.py"], "grpo.py", "exec")
     code = next(c for c in known.co_consts if getattr(c, "co_name", "") == "policy_loss").co_code
-    text = PAST[name].format(hash=hash(code), root=str(ROOT), folder=str(tmp_path / "x"))
+    text = PAST[name].format(code=code, root=str(ROOT), folder=str(tmp_path / "x"))
     monkeypatch.setattr(trial, "complaint", lambda *asked: None)
     why = judged(bench, text)
     assert why and not list(tmp_path.iterdir())
