@@ -135,7 +135,8 @@ def told(bugs, level):
             what = curves(measured()[name(bug)]).rstrip()
         else:
             where = f"In `{bug.file}`: " if level == 2 else ""
-            what = textwrap.fill(f"{where}{bug.consequence}.", 99)
+            what = f"{where}{bug.consequence}."
+            what = textwrap.fill(what[0].upper() + what[1:], 99)
         lines += [f"## Bug {i}", "", what, ""]
     return "\n".join(lines)
 

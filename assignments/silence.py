@@ -33,6 +33,7 @@ TEACHER = OUT / "teacher"   # for distillation: what the right code makes of GRP
 # what makes batches are run by three of them, of which the loudest counts.
 COMMANDS = dict.fromkeys(("model.py", "data.py"), ("sft", "dpo", "grpo"))
 CLASSES = ("ruins the run", "dents it", "shows in the third digit", "changes no figure")
+FIRST = ("reward", "loss", "grad_norm")
 CLOCK = ("seconds", "tokens_per_second")   # parts of the names of what is no figure
 
 
@@ -165,8 +166,8 @@ def command(algorithm):
 
 
 def curve(right, wrong):
-    """{figure: [its values without the bug, with it]}: accuracy, and the four that differ most, for
-    those who look for a bug by its curve."""
+    """{figure: [its values without the bug, with it]}: accuracy and four others, for those who look
+    for a bug by its curve: of those that differ FIRST, then the ones that differ most."""
     def off(name):
         if any((name in a) != (name in b) for a, b in zip(right, wrong)):
             return math.inf
@@ -174,8 +175,9 @@ def curve(right, wrong):
         return max(abs(a - b) / max(1, abs(a)) if math.isfinite(b) else math.inf for a, b in pairs)
     names = {name for line in (*right, *wrong) for name in line if name != "step"
              and not any(word in name for word in CLOCK)}
-    most = sorted(names - {"eval/accuracy"}, key=lambda name: (-off(name), name))[:4]
-    shown = ["eval/accuracy", *(name for name in most if off(name) > 0.0005)]
+    differ = [name for name in names - {"eval/accuracy"} if off(name) > 0.0005]
+    shown = ["eval/accuracy", *sorted(
+        differ, key=lambda name: (name not in FIRST, -off(name), name))[:4]]
     return {name: [[round(line[name], 4) if name in line and math.isfinite(line[name]) else None
                     for line in lines] for lines in (right, wrong)] for name in shown}
 
@@ -238,7 +240,9 @@ def table(measured):
 
 def main():
     measured = measure()
-    (make.HERE / "silence.json").write_text(json.dumps(measured, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(row) for row in measured["bugs"])   # a bug a line
+    (make.HERE / "silence.json").write_text(
+        f'{{"flags": {json.dumps(measured["flags"])}, "bugs": [\n{rows}\n]}}\n')
     path = make.HERE / "handouts/7.md"
     if path.exists():
         path.write_text(with_table(path.read_text(), measured))
