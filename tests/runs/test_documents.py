@@ -108,7 +108,7 @@ def test_there_are_commands():
 def test_flags_exist(name):
     """Every --flag that a document mentions is one of some program."""
     known = {"--seeds", "--jobs", "--quick", "--help", "--nproc_per_node", "--out", "--salt",
-             "--nnodes", "--rdzv_endpoint", "--rdzv_backend"}   # the last of torchrun
+             "--student", "--nnodes", "--rdzv_endpoint", "--rdzv_backend"}   # the last of torchrun
     for algo in train.ALGORITHMS:
         parser = flags.make_parser(algo, train.ALGORITHMS, GPTConfig)
         known |= set(parser._option_string_actions)
