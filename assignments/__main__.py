@@ -14,8 +14,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words):
-    parser = Parser(prog="python -m assignments", description=table.overview()
-                    + "\n  7  Five bugs, planted, others for each student",
+    parser = Parser(prog="python -m assignments", description=table.overview(),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="make | grade")
     make = commands.add_parser("make", help="a student's copy", allow_abbrev=False)

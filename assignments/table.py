@@ -297,6 +297,7 @@ ASSIGNMENTS = (
 
 MORE = (
     Assignment(0, "A first walk", (), (), (), (), ()),
+    Assignment(7, "Five bugs, planted", (), (), (), (), ()),   # bugs.py makes and grades it
     Assignment(8, "SFT or RL?", (), (), (), (), ()),
     Assignment(
         9, "Three one-liners",
@@ -337,7 +338,8 @@ def assignment(number):
 
 
 def overview():
-    uncut = {0: "eight questions about a run", 8: "a report, graded by hand"}
+    uncut = {0: "eight questions about a run", 7: "other bugs for each student",
+             8: "a report, graded by hand"}
     lines = (f"  {one.number}  {one.title}: {', '.join(one.bodies) or uncut[one.number]}"
              for one in sorted(ASSIGNMENTS + MORE, key=lambda one: one.number))
     return "Assignments cut from the project's files, graded by its tests.\n\n" + "\n".join(lines)

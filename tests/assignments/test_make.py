@@ -312,7 +312,7 @@ def test_the_workflow_has_a_step_for_each_requirement():
 
 @pytest.mark.parametrize("words, message", [
     (["make", "10", "--out", "x"],
-     "there is no assignment 10: choose from 0, 1, 2, 3, 4, 5, 6, 8, 9"),
+     "there is no assignment 10: choose from 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
     (["make", "6"], "the following arguments are required: --out"),
     (["make", "6", "--out", "."], "is there already: choose another folder"),
     (["grade", "6", "nowhere"], "nowhere is no folder"),
