@@ -33,9 +33,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-import data
 import train
-from harness import checkpoint, evaluate, flags, prepare, report
+from harness import chat, checkpoint, evaluate, flags, prepare, report
 from harness.arms import Arm, base_folder, check, stages, values
 from harness.errors import InputError, one_line
 
@@ -159,7 +158,7 @@ def kl_to_base(first, last):
     model, base = (checkpoint.build_model(checkpoint.read(path), last.device)
                    for path in (last.out_dir, start_of(first)))
     task = prepare.make_task(last, model.config.block_size)
-    tokenizer = data.Tokenizer(last.tokenizer)
+    tokenizer = chat.tokenizer_of(last)
     return evaluate.judge_answers(model, base, tokenizer, task, last, full=True)["eval/kl"]
 
 

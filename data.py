@@ -50,12 +50,17 @@ class Tokenizer:
             # Padding beside the 50,257 tokens; a round number of rows.
             self.pad_id, self.vocab_size = 50257, 50304
         else:
-            raise InputError(f"--tokenizer {name} is unknown: use byte or gpt2")
+            raise InputError(f"--tokenizer {name} is unknown: use byte or gpt2, or a folder with a "
+                             "tokenizer.json")
 
     def encode(self, text):
         """Token ids of the text alone; "<end>" written in a text is six ordinary characters, never
         the token."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_prompt(self, prompt):
+        """Token ids of a prompt, up to where its answer begins: here <end> and the text."""
+        return [self.eos_id] + self.encode(prompt)
 
     def decode(self, ids):
         """Text of the ids up to the first <end>, special tokens left out; broken UTF-8 becomes
@@ -91,7 +96,7 @@ def collate(examples, tokenizer, device="cpu"):
     """Examples -> {prompt_ids, prompt_mask (P, Tp)} and, where they have completions,
     {completion_ids, completion_mask (B, T), prompt_index (B,)} with B = P. The docstring of this
     file works one through. Where an example has hint_ids, its prompt ends with them."""
-    prompts = [[tokenizer.eos_id] + tokenizer.encode(e["prompt"]) + e.get("hint_ids", [])
+    prompts = [tokenizer.encode_prompt(e["prompt"]) + e.get("hint_ids", [])
                for e in examples]
     width = max(map(len, prompts))
     batch = {"prompt_ids": [[tokenizer.pad_id] * (width - len(p)) + p for p in prompts],

@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 import data
-from harness import checkpoint
+from harness import chat, checkpoint
 from harness.errors import InputError
 from harness.flags import Sampling, check_choice, flag
 from tasks import Rewards
@@ -112,7 +112,7 @@ def load_teacher(config, model):
     teacher = checkpoint.build_model(found, config.device).requires_grad_(False)
     if teacher.config.scalar_head:
         raise InputError(f"--teacher {path} is a reward model, which cannot write: give a policy")
-    if found.get("tokenizer", config.tokenizer) != config.tokenizer \
+    if not chat.same_tokenizer(config, found) \
             or teacher.config.vocab_size != model.config.vocab_size:
         raise InputError(f"--teacher {path} has another vocabulary than the student: both need "
                          f"--tokenizer {config.tokenizer}")

@@ -53,6 +53,7 @@ class GPTConfig:
     qk_norm: bool = flag(True, "RMSNorm on q and k, as in Qwen3")
     tie_embeddings: bool = flag(True, "input embedding and output head are one matrix")
     scalar_head: bool = False     # one number a position, not logits: a critic or a reward model
+    rope_scaling: dict | None = None   # of Llama 3.1 and later: see rotary_angles
 
     def __post_init__(self):
         check_bounds(self)
@@ -112,6 +113,26 @@ def causal_mask(attention_mask, T):
     query = key[S - T:, None]                                                   # (T, 1)
     causal, itself = key <= query, key == query                                 # (T, S)
     return causal & attention_mask.bool()[:, None, None, :] | itself            # (B, 1, T, S)
+
+
+def rotary_angles(config):
+    """Cosine and sine of each position's angles, twice (block_size, hd/2).
+
+    rope_scaling: Llama 3.1 went on to longer texts with slower angles. What turns more than
+    high_freq_factor times within the original context stays; what turns less than low_freq_factor
+    times becomes slower by `factor`; between the two it is a mixture.
+    """
+    # theta^(-2i/hd) by the operations that transformers uses: the angles agree in every bit.
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim   # (hd/2,)
+    frequencies = 1.0 / config.rope_theta ** exponents                          # (hd/2,)
+    if config.rope_scaling:
+        scaling = config.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                       # (hd/2,)
+        frequencies = (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+    angles = torch.outer(torch.arange(config.block_size).float(), frequencies)
+    return angles.cos(), angles.sin()
 
 
 class Padding(NamedTuple):
@@ -216,12 +237,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, outputs, bias=False)
         if config.tie_embeddings and not config.scalar_head:
             self.lm_head.weight = self.embed_tokens.weight
-        # theta^(-2i/hd) by the operations that transformers uses: the angles agree in every bit.
-        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (hd/2,)
-        frequencies = 1.0 / config.rope_theta ** exponents                         # (hd/2,)
-        angles = torch.outer(torch.arange(config.block_size).float(), frequencies)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = rotary_angles(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         # Every matrix starts with standard deviation 1 / sqrt(width), so that activations keep
         # their scale at any width. GPT-2's fixed .02 is about that at width 2,000; at width 64 it
         # is six times too small and hardly trains.

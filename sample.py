@@ -5,18 +5,20 @@ Ask a model, or judge it.
     python sample.py out/chain-grpo-0                     judge it on held-out problems
     python sample.py out/chain-grpo-0 --data other.jsonl  on those of a file
     python sample.py out/chain-grpo-0 --temperature 0.7 --top_p 0.9
+    python sample.py out/chain-grpo-0 --export FOLDER     write it as transformers reads it
 
 Task and tokenizer are those of the run that left the checkpoint, unless flags say otherwise.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 
 import data
-from harness import checkpoint, evaluate, flags, prepare, report
+from harness import chat, checkpoint, evaluate, export, flags, prepare, report
 from harness.errors import InputError, one_line
 from harness.flags import flag
 
@@ -33,6 +35,8 @@ class SampleConfig(flags.Machine, flags.Data):
     seed: int = flag(0, "of the answers to a prompt", at_least=0, below=2**40)
     micro_batch_size: int = flag(0, "answers per forward pass; 0: as many as is sensible",
                                  at_least=0)
+    export: str = flag(None, "write the model into this new folder, as config.json and "
+                             "model.safetensors (--dtype), with a published model's tokenizer")
     algo: str = "sample"     # nothing is trained
     inspect: str | None = None
 
@@ -65,12 +69,18 @@ def parse(argv):
 def main(argv):
     found, prompt, config = parse(argv)
     model = checkpoint.build_model(found, config.device)
-    tokenizer = data.Tokenizer(config.tokenizer)
+    tokenizer = chat.tokenizer_of(config)
     if model.config.scalar_head:
         raise InputError("this is a reward model, which cannot write")
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, the "
                          f"model {model.config.vocab_size}")
+    if config.export:
+        source = config.tokenizer if os.path.isdir(config.tokenizer) else None
+        export.export(model, source, config.export, getattr(torch, config.dtype))
+        print(f"wrote {config.export}: config.json, model.safetensors ({config.dtype}), "
+              f"{'and the tokenizer of' if source else 'without the tokenizer'} {config.tokenizer}")
+        return 0
     task = prepare.make_task(config, model.config.block_size)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if prompt is None:

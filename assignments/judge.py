@@ -34,8 +34,8 @@ from harness.errors import InputError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 300   # for all tests of one folder
 # What a body may ask of the objects that it is given: names that only look.
-REACHABLE = {"encode", "eos_id", "pad_id", "vocab_size", "completion_logits", "device", "dtype",
-             "config", "model", "ref_model", "tokenizer"}
+REACHABLE = {"encode", "encode_prompt", "eos_id", "pad_id", "vocab_size", "completion_logits",
+             "device", "dtype", "config", "model", "ref_model", "tokenizer"}
 # Of the file of the body that is called: modules that the worker builds anew, from their config and
 # their numbers, and named tuples; the named tuples that a body may return; and the argument that it
 # may write to.

@@ -55,10 +55,9 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import compare  # noqa: E402
-import data  # noqa: E402
 import train  # noqa: E402
 from harness import arms as harness_arms  # noqa: E402
-from harness import checkpoint, flags, prepare, report  # noqa: E402
+from harness import chat, checkpoint, flags, prepare, report  # noqa: E402
 from harness.errors import InputError, one_line  # noqa: E402
 
 HOLDS, FAILS = "holds here", "does not hold here"
@@ -184,7 +183,7 @@ def measured(measure, folder, config):
     """measure(model, tokenizer, task, config) -> {name: number}, for the model in a folder."""
     model = checkpoint.build_model(checkpoint.read(folder), config.device)
     task = prepare.make_task(config, model.config.block_size)
-    return measure(model, data.Tokenizer(config.tokenizer), task, config)
+    return measure(model, chat.tokenizer_of(config), task, config)
 
 
 def rows(planned, jobs, measure=None, start=True):

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from harness import ranks
+from harness import hub, ranks
 from harness.errors import InputError
 from harness.flags import declarations
 from model import GPT, GPTConfig
@@ -52,8 +52,10 @@ def read_json(path):
 
 
 def read(path):
-    """The dict in a checkpoint file, or in the ckpt.pt of a folder. Raises InputError for any other
-    file."""
+    """The dict in a checkpoint file, or in the ckpt.pt of a folder; of a published model the same,
+    its weights still to be read (harness/hub.py). Raises InputError for any other file."""
+    if hub.is_published(path):
+        return hub.read(path)
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,18 +73,26 @@ def read(path):
 
 
 def build_model(found, device="cpu"):
-    """The model in a checkpoint. Raises InputError where its weights do not fit or are not
-    finite."""
+    """The model in a checkpoint. device "meta": its shape alone. Raises InputError where its
+    weights do not fit or are not finite."""
+    if callable(found["model"]):
+        model = hub.build(found["model_config"], found["model"], device)
+        return check_finite(model)
     try:
         model = GPT(GPTConfig(**found["model_config"]))
         model.load_state_dict(found["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"the checkpoint's weights do not fit its own shape: {reason}") from None
-    if not all(p.isfinite().all() for p in model.parameters()):
+    return check_finite(model).to(device)
+
+
+def check_finite(model):
+    """The model. Raises InputError where a weight is nan or infinite."""
+    if not all(p.is_meta or p.isfinite().all() for p in model.parameters()):
         raise InputError("the checkpoint's weights are not all finite: it was saved after training "
                          "had blown up")
-    return model.to(device)
+    return model
 
 
 def settings(algo):

@@ -77,10 +77,10 @@ class JsonLines(Task):
                 raise InputError(f"{where}: column {wrong[0]!r} is not text")
             if "label" in columns and row["label"] not in (True, False):
                 raise InputError(f"{where}: column 'label' is neither true nor false")
-            tokens = {c: len(tokenizer.encode(row[c])) for c in columns
-                      if c not in ("label", "answer")}
-            longest = max((n for c, n in tokens.items() if c != "prompt"), default=0)
-            used = tokens.get("prompt", 0) + longest + (1 if room is None else room) + 1
+            prompt = len(tokenizer.encode_prompt(row["prompt"] if "prompt" in columns else ""))
+            longest = max((len(tokenizer.encode(row[c])) for c in columns
+                           if c not in ("prompt", "label", "answer")), default=0)
+            used = prompt + longest + (1 if room is None else room)
             if used > block_size:
                 of_them = "" if room is None else f" ({room} of them for --max_new_tokens)"
                 raise InputError(f"{where}: {used} tokens do not fit --block_size {block_size}"

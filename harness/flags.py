@@ -78,8 +78,9 @@ def check_bounds(config):
 @dataclass
 class Start:
     """what to start from"""
-    init_from: str = flag(None, "start from this checkpoint, a folder or a file; none: the task's "
-                                "base model, made first if missing")
+    init_from: str = flag(None, "start from this checkpoint, a folder or a file; or from the "
+                                "folder of a published model; none: the task's base model, made "
+                                "first if missing")
     base_seed: int = flag(0, "seed of the base model, apart from --seed", at_least=0,
                          below=2**40)
     reward_model: str = flag(None, "of --reward model: folder or file of --algo rm; none: the "
@@ -105,7 +106,13 @@ class Data:
                            "rejected")
     eval_data: str = flag(None, "held-out lines; none: one in ten of --data")
     max_new_tokens: int = flag(0, "longest completion, in tokens; 0: the task's own", at_least=0)
-    tokenizer: Literal["byte", "gpt2"] = flag("byte", "byte needs no download")
+    tokenizer: str = flag("byte", "byte, which needs no download; gpt2; or a folder with a "
+                                  "tokenizer.json (--init_from a published model brings its own)")
+    template: Literal["auto", "chatml", "llama3", "plain"] = flag(
+        "auto", "of a published model's prompts: its chat turns, or plain text; auto: what it is "
+                "made for")
+    system_prompt: str = flag(None, "what is said before a published model's prompts; none: what "
+                                    "its own template says")
 
 
 @dataclass

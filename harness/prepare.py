@@ -11,10 +11,9 @@ import tempfile
 
 import torch
 
-import data
 import rm
 import tasks
-from harness import checkpoint, files, page, ranks
+from harness import chat, checkpoint, files, page, ranks
 from harness.errors import InputError
 from harness.flags import Demonstrations, Sampling, declarations
 from model import GPT, GPTConfig
@@ -84,8 +83,8 @@ def check_folder(folder, flag="--out_dir"):
 
 def shared_config(config, algo, algorithms):
     """The Config of the base model (or the reward model) that this run needs."""
-    names = ["task", "tokenizer", "base_seed", "min_terms", "max_terms", "worked_share",
-             "other_skills", "device", "dtype", "eval_problems"]
+    names = ["task", "tokenizer", "template", "system_prompt", "base_seed", "min_terms",
+             "max_terms", "worked_share", "other_skills", "device", "dtype", "eval_problems"]
     if algo == "rm":
         names += ["init_from", "data", "eval_data", "max_new_tokens"]
     shared = algorithms[algo].Config(**{name: getattr(config, name) for name in names},
@@ -114,8 +113,7 @@ def check(config, algorithms):
     if config.html is not None:
         page.check(config.html)
         check_folder(os.path.dirname(config.html) or ".", "--html")
-    tokenizer, first = data.Tokenizer(config.tokenizer), []
-    path = os.path.join(config.out_dir, "ckpt.pt")
+    path, first = os.path.join(config.out_dir, "ckpt.pt"), []
     # A base model or a reward model that was interrupted always goes on.
     config.resume = config.resume or config.algo in SHARED and os.path.exists(path)
     if config.resume:
@@ -124,19 +122,25 @@ def check(config, algorithms):
             kept = saved.get("settings", {}).get(name)
             if hasattr(config, name):   # only distill has a teacher
                 setattr(config, name, getattr(config, name) or kept)
+        chat.adopt_tokenizer(config, saved)
         shape = checkpoint.build_model(saved).config   # refuses weights that are none
         checkpoint.check_same_settings(config, saved, path)
     elif config.init_from:
-        shape = start_model(config).config
+        shape = start_model(config, "meta").config
     else:
-        shape = GPTConfig(**{"vocab_size": tokenizer.vocab_size, **config.shape})
+        shape = GPTConfig(**{"vocab_size": chat.tokenizer_of(config).vocab_size, **config.shape})
         if config.algo != "pretrain":
             first.append(shared_config(config, "pretrain", algorithms))
     if needs_reward_model(config) and config.reward_model:
-        reward_model(config, config.reward_model, tokenizer)
+        reward_model(config, config.reward_model, chat.tokenizer_of(config))
     elif needs_reward_model(config) and not config.resume:
         first.append(shared_config(config, "rm", algorithms))
         check(first[-1], algorithms)
+    tokenizer = chat.tokenizer_of(config)
+    if config.algo != "pretrain" and not getattr(config, "completion_only", True) \
+            and getattr(tokenizer, "template", "plain") != "plain":
+        raise InputError("--completion_only false trains on texts without turns: give --template "
+                         "plain as well")
     # What is wrong with the other settings shows when the algorithm is set up, which costs
     # nothing with a model as small as can be.
     task = make_task(config, shape.block_size)
@@ -145,10 +149,11 @@ def check(config, algorithms):
     return first
 
 
-def start_model(config):
+def start_model(config, device):
     """The model of --init_from. Raises InputError where a run cannot start from it."""
     start, found = config.init_from, checkpoint.read(config.init_from)
-    model = checkpoint.build_model(found, config.device)
+    model = checkpoint.build_model(found, device)
+    chat.adopt_tokenizer(config, found)
     if model.config.scalar_head:
         raise InputError(f"{start} is a reward model, which cannot write; give it as "
                          "--reward_model")
@@ -157,7 +162,7 @@ def start_model(config):
         if getattr(model.config, name) != getattr(asked, name):
             raise InputError(f"{start} has {name} {getattr(model.config, name)}, not {value}: "
                              "leave the flag out")
-    if found.get("tokenizer", config.tokenizer) != config.tokenizer:
+    if not chat.same_tokenizer(config, found):
         raise InputError(f"{start} was trained with --tokenizer {found['tokenizer']}")
     return model
 
@@ -176,7 +181,7 @@ def reward_model(config, path, tokenizer):
 def make_task(config, block_size, judge=None):
     """The task that the flags name. Raises InputError where a file lacks a column that is needed,
     or where what is to be read does not fit the context. judge: the learned reward function."""
-    tokenizer = data.Tokenizer(config.tokenizer)
+    tokenizer = chat.tokenizer_of(config)
     settings = (config.max_new_tokens, judge, getattr(config, "flip_probability", 0.0))
     if config.eval_data and not config.data:
         raise InputError("--eval_data needs --data")
@@ -202,7 +207,7 @@ def make_task(config, block_size, judge=None):
     shown = config.columns()[0][:2] == ("prompt", "completion")   # the answer is read as well
     kept = [problem for skill in task.kept for problem in longest.problems(skill, 50, 0)]
     for example in longest.demonstrations(50, 0, style) + kept:
-        prompt = 1 + len(tokenizer.encode(example["prompt"]))
+        prompt = len(tokenizer.encode_prompt(example["prompt"]))
         answer = 1 + len(tokenizer.encode(example.get("completion", ""))) if shown else 0
         answer = max(answer, task.max_new_tokens)
         if getattr(config, "hint", "none") != "none":   # and what goes on from a hint
@@ -240,7 +245,7 @@ def check_lines(config, task, tokenizer, block_size):
 def build(config, algorithms):
     """The algorithm, ready to train; the checkpoint to resume (None: a new run); and the seconds
     that pre-training took (0: the start is not a base model of ours)."""
-    tokenizer, saved, pretrain_seconds = data.Tokenizer(config.tokenizer), None, 0.0
+    tokenizer, saved, pretrain_seconds = chat.tokenizer_of(config), None, 0.0
     if config.resume:
         saved = checkpoint.read(os.path.join(config.out_dir, "ckpt.pt"))
         shape = GPTConfig(**saved["model_config"])
@@ -249,7 +254,7 @@ def build(config, algorithms):
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(**{"vocab_size": tokenizer.vocab_size, **config.shape}))
     elif config.init_from:
-        model = start_model(config)
+        model = start_model(config, config.device)
     else:
         base = shared_config(config, "pretrain", algorithms).out_dir
         model = checkpoint.build_model(checkpoint.read(base))

@@ -31,6 +31,7 @@ SHARED = {
     "eval_data": ["{folder}/sums.jsonl", "--data={folder}/sums.jsonl"],
     "max_new_tokens": ["5"],
     "tokenizer": ["gpt2"],
+    "template": ["plain", "", REFUSED], "system_prompt": ["x", "", REFUSED],  # of published models
     "seed": ["1"],
     "max_steps": ["4"],
     "max_minutes": ["1e-9"],

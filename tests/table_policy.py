@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
+import data
 import tasks
 from model import Samples
 
@@ -41,7 +42,7 @@ def config_of(**settings):
 
 class Tokens:
     """0, 1, <end> and <pad>, and behind them the letters of prompts."""
-    eos_id, pad_id, vocab_size = 2, 3, 4
+    eos_id, pad_id, vocab_size, encode_prompt = 2, 3, 4, data.Tokenizer.encode_prompt
 
     def encode(self, text):
         return [int(c) if c in "01" else ord(c) for c in text]

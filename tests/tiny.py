@@ -35,6 +35,7 @@ PAIRS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (
 class Letters:
     """A tokenizer of 18 tokens, so that an untrained model ends about half of its answers."""
     letters, eos_id, pad_id, vocab_size = "0123456789+-*>=;", 16, 17, 18
+    encode_prompt = data.Tokenizer.encode_prompt
 
     def encode(self, text):
         return [self.letters.index(c) for c in text]

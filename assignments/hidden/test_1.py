@@ -35,7 +35,7 @@ def test_weights_elsewhere(B, T):
 def test_batches_elsewhere(count):
     """Random texts, padding id among their letters: every row is read back through its mask."""
     class Tokens:
-        eos_id, pad_id = 5, 0
+        eos_id, pad_id, encode_prompt = 5, 0, data.Tokenizer.encode_prompt
 
         def encode(self, text):
             return [ord(c) - 97 for c in text]

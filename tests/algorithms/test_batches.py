@@ -160,7 +160,7 @@ def test_a_real_token_may_equal_the_pad_id():
     """The mask knows where padding is and never asks what is written there: a tokenizer whose
     padding is the letter a."""
     class Letters:
-        eos_id, pad_id = 26, 0
+        eos_id, pad_id, encode_prompt = 26, 0, Tokenizer.encode_prompt
 
         def encode(self, text):
             return [ord(c) - 97 for c in text]

@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_at_once(tiny_base):
     ("--lr_scheduler_type stairs", "--lr_scheduler_type"),
     ("--dtype float16", "--dtype"),
     ("--loss_type ppo", "--loss_type"),
-    ("--tokenizer word", "--tokenizer: invalid choice: 'word'"),
+    ("--tokenizer word", "--tokenizer word is unknown: use byte or gpt2, or"),
     ("--inspect some", "--inspect: invalid choice: 'some'"),
 ])
 def test_unknown_or_malformed(refused, flags, expected):

@@ -189,7 +189,9 @@ ASKING = {   # the same, of what is printed: [changed value, what else has to be
     "max_new_tokens": ["3"], "temperature": ["0.2", PROMPT], "top_k": ["1", PROMPT],
     "top_p": ["0.1", PROMPT], "num_generations": ["3", PROMPT], "seed": ["1", PROMPT],
     "eval_problems": ["7", "--temperature=3"],
-    "tokenizer": ["gpt2", "", REFUSED], "device": ["cuda:77", "", REFUSED],
+    "tokenizer": ["gpt2", "", REFUSED], "export": ["other-base", "", REFUSED],   # it is full
+    "template": ["plain", "", REFUSED], "system_prompt": ["x", "", REFUSED],
+    "device": ["cuda:77", "", REFUSED],
     "dtype": ["bfloat16", "--eval_problems=100"],
     "micro_batch_size": ["1", "", Same("it only saves memory")],
     "worked_share": ["1", "", Same("it is of a corpus, and none is read")],
