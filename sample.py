@@ -84,6 +84,8 @@ def main(argv):
     task = prepare.make_task(config, model.config.block_size)
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if prompt is None:
+        if getattr(task, "understood", ""):
+            print(f"{config.data}: {task.understood}")
         found = evaluate.judge_answers(model, None, tokenizer, task, config, full=True, **sampling)
         print(report.table([("now", found)], task))
         return 0

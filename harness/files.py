@@ -5,24 +5,17 @@ checked before anything is trained.
 
 import json
 import re
-from fractions import Fraction
 
+from harness.columns import NUMBER, last_number, marked_number, understood
 from harness.errors import InputError
 from tasks import Task, is_test
 
 WHERE = "<where>"    # a column that no file has: where a row was read, `my.jsonl, line 3`
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-def last_number(text):
-    """The last number written in a text, or None: `so 1,234.50 in all.` -> Fraction(2469, 2)."""
-    found = NUMBER.findall(text)
-    short = found and len(found[-1]) < 1000
-    return Fraction(found[-1].replace(",", "")) if short else None
 
 
 class JsonLines(Task):
-    """A file of one JSON object a line: `text`; or `prompt` and, as the algorithm asks,
+    """A file of one JSON object a line, with our columns or as others publish them (see columns.py;
+    `understood` says how they were read): `text`; or `prompt` and, as the algorithm asks,
     `completion`, `chosen` and `rejected`, `label`, `answer`. Further columns reach the reward
     function by name. Where `eval_path` is not given, one line in ten is held out by the hash of its
     prompt."""
@@ -30,10 +23,10 @@ class JsonLines(Task):
     def __init__(self, path, eval_path=None, max_new_tokens=0, judge=None, flip_probability=0.2):
         super().__init__(max_new_tokens or 32, judge, flip_probability)
         self.name, self.path = file_name(path), path
-        rows = read_jsonl(path)
+        rows, self.understood = read_rows(path)
         held_out = [is_test(str(row.get("prompt", row.get("text")))) for row in rows]
         self.train = [row for row, test in zip(rows, held_out) if eval_path or not test]
-        self.test = read_jsonl(eval_path) if eval_path else \
+        self.test = read_rows(eval_path)[0] if eval_path else \
             [row for row, test in zip(rows, held_out) if test]
         if not self.train:
             raise InputError(f"{path}: no line is left to train on once one in ten is held out; "
@@ -88,14 +81,16 @@ class JsonLines(Task):
 
     @staticmethod
     def reward(prompts, completions, /, answer, **columns):
-        """1.0 where the completion's last number equals the answer's last number, as in GSM8K.
-        -> list of floats"""
-        return [float(last_number(c) is not None and last_number(c) == last_number(str(a)))
+        """1.0 where the completion's last number equals the answer's last number. Of an answer with
+        GSM8K's mark, `#### 72`, the number after the completion's own mark. -> list of floats"""
+        said = [marked_number(c) if "####" in str(a) else last_number(c)
                 for c, a in zip(completions, answer)]
+        return [float(number is not None and number == last_number(str(a)))
+                for number, a in zip(said, answer)]
 
     @staticmethod
     def final_answer(completion):
-        return last_number(completion)
+        return marked_number(completion) if "####" in completion else last_number(completion)
 
     @staticmethod
     def final_part(completion):
@@ -109,32 +104,45 @@ class JsonLines(Task):
 
 def file_name(path):
     """The name of a file's runs: `my/gsm8k train.jsonl` -> `gsm8k-train`."""
-    return re.sub(r"\W+", "-", re.split(r"[/\\]", str(path))[-1].removesuffix(".jsonl")) or "data"
+    return re.sub(r"\W+", "-", re.split(r"[/\\]", str(path))[-1]
+                  .removesuffix(".jsonl").removesuffix(".json")) or "data"
+
+
+def read_rows(path):
+    """The lines of a file with our columns, and how they were understood; "": as they are."""
+    pairs = [understood(row, row[WHERE]) for row in read_jsonl(path)]
+    return [row for row, _ in pairs], "; or ".join(dict.fromkeys(how for _, how in pairs if how))
+
+
+def parsed(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:   # not JSON, or a number of 5,000 digits
+        reason = getattr(error, "msg", "nested too deeply, or a number too long")
+        raise InputError(f"{where}: not JSON ({reason})") from None
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl file, each with its place under the name WHERE. Raises InputError
-    naming file, line and reason."""
+    """The objects of a .jsonl file, or of the list in a .json file, each with its place under the
+    name WHERE. Raises InputError naming file, line and reason."""
     try:
         with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
+            text = file.read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    one_list, rows = str(path).endswith(".json") and text.lstrip().startswith("["), []
+    where = f"{path}, {'item' if one_list else 'line'} "
+    found = parsed(text, path) if one_list else text.split("\n")
+    for number, row in enumerate(found, start=1):
+        if not one_list and not row.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:   # not JSON, or a number of 5,000 digits
-            reason = getattr(error, "msg", "nested too deeply, or a number too long")
-            raise InputError(f"{path}, line {number}: not JSON ({reason})") from None
+        row = row if one_list else parsed(row, f"{where}{number}")
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a JSON object is needed, this is a "
+            raise InputError(f"{where}{number}: a JSON object is needed, this is a "
                              f"{type(row).__name__}")
-        rows.append({**row, WHERE: f"{path}, line {number}"})
+        rows.append({**row, WHERE: f"{where}{number}"})
     if not rows:
         raise InputError(f"{path}: the file is empty; it needs one JSON object a line")
     return rows

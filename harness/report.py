@@ -10,7 +10,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from harness import checkpoint, evaluate, ranks
+from harness import checkpoint, evaluate, hub, ranks
 
 # Console columns: the metric's name in metrics.jsonl, its heading, its format. A column shows if
 # the run has the metric.
@@ -89,9 +89,11 @@ def opening(algo, resumed_at=0):
     if config.algo == "pretrain":
         return f"Pre-training into {config.out_dir}"
     start = f" from step {resumed_at}" if resumed_at else ""
-    return (f"\n{config.algo} on {algo.task.name}: {algo.model.num_parameters():,} parameters, "
-            f"{config.device}, {config.dtype}, {config.max_steps} steps of {config.batch_size}"
-            f"{start}, into {config.out_dir}\n"
+    how = getattr(algo.task, "understood", "")   # of a file with other columns than ours
+    read = f"{config.data}: {how}\n" if how else ""
+    return (f"\n{read}{config.algo} on {algo.task.name}: {algo.model.num_parameters():,} "
+            f"parameters, {config.device}, {config.dtype}, {config.max_steps} steps of "
+            f"{config.batch_size}{start}, into {config.out_dir}\n"
             + ("" if algo.model.config.scalar_head else LEGEND) + algo.legend)
 
 
@@ -183,6 +185,8 @@ def next_commands(config):
     flags += f" --task {config.task}" if config.task != "chain" and not config.data else ""
     flags += f" --worked_share {config.worked_share}" if config.worked_share != 0.3 else ""
     flags += " --other_skills" if config.other_skills else ""
+    if getattr(config, "init_from", None) and hub.is_published(config.init_from):
+        flags += f" --init_from {config.init_from}"
     if config.algo == "pretrain":
         return f"next:  python train.py --algo grpo --init_from {config.out_dir}{flags}"
     if config.algo == "rm":

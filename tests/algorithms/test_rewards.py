@@ -62,10 +62,10 @@ def test_last_number(text, expected):
 
 
 def test_reward_of_files_compares_last_numbers():
-    """As in GSM8K: `#### 42` is met by any text that ends on the number 42, however it is
-    written."""
+    """The answer 42 is met by any text that ends on the number 42, however it is written. (GSM8K's
+    `#### 42` asks for the mark: test_columns.py.)"""
     completions = ["The answer is 42.", "42.0", "41", "no idea", "", "42 or 43"]
-    assert JsonLines.reward([""] * 6, completions, ["#### 42"] * 6) == [1, 1, 0, 0, 0, 0]
+    assert JsonLines.reward([""] * 6, completions, ["so 42"] * 6) == [1, 1, 0, 0, 0, 0]
     assert JsonLines.reward([""], ["nothing"], ["nothing"]) == [0.0]  # no number is no right answer
 
 

@@ -12,6 +12,7 @@ import torch
 import data
 import sample
 from harness import chat, checkpoint, export
+from harness.columns import Conversation
 from hub_models import AWKWARD, FAMILIES, SYSTEM, TOKENIZERS, write_model, write_tokenizer
 from llama import PATHS, batch
 
@@ -203,13 +204,6 @@ def test_prompt_and_answer_are_those_of_the_chat_template(tokenizers, kind, syst
     found += ours.encode("7+5=2\n\n2") + [ours.eos_id]
     assert found == whole[:len(found)]
     assert theirs.decode(whole[len(found):]) == ("" if "llama" in kind else "\n")
-
-
-class Conversation(str):
-    def __new__(cls, turns):
-        self = super().__new__(cls, turns[-1][1])
-        self.turns = turns
-        return self
 
 
 def test_what_somebody_writes_makes_no_turn(tokenizers):
