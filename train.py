@@ -38,7 +38,7 @@ from dft import DFT
 from distill import Distill
 from dpo import DPO
 from grpo import GRPO
-from harness import flags, prepare, ranks, report, tokens
+from harness import flags, memory, prepare, ranks, report, tokens
 from harness.errors import one_line
 from harness.run import Run
 from hybrid import Hybrid
@@ -147,8 +147,11 @@ def main(argv, algo=None):
     argv = flags.underscores([*(["--algo", algo] if algo else []), *argv])
     config = flags.parse(argv, ALGORITHMS, GPTConfig, __doc__)
     once_more = f"python train.py {shlex.join(argv)}"
-    with ranks.together(config.device):
-        return run(config, once_more, once_more + ("" if config.resume else " --resume"))
+    try:
+        with ranks.together(config.device):
+            return run(config, once_more, once_more + ("" if config.resume else " --resume"))
+    except RuntimeError as error:
+        raise memory.explained(error, config) from None
 
 
 def start(algo=None):

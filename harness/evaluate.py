@@ -17,6 +17,15 @@ from rm import answer_rewards
 SAMPLED, SCORED = 1024, 256   # answers at a time: memory does not follow --eval_problems
 
 
+def at_once(model, task):
+    """How many answers to sample together: SAMPLED, or fewer where their keys and values would be
+    more than 2^28 numbers (half a gigabyte in bfloat16), as with published models."""
+    config = model.config
+    length = min(config.block_size, 256 + task.max_new_tokens)
+    numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim * length   # of one answer
+    return min(SAMPLED, max(2**28 // numbers, 1))
+
+
 @functools.lru_cache(maxsize=8)
 def held_out(task, split, size):
     """The problems of a split to judge by, drawn once."""
@@ -82,7 +91,7 @@ def answers(model, tokenizer, task, problems, config, num_generations=1, tempera
     answer to each problem (P,), or None.
     """
     generator = torch.Generator(config.device).manual_seed(1)
-    n, size = num_generations, max(SAMPLED // num_generations, 1)
+    n, size = num_generations, max(at_once(model, task) // num_generations, 1)
     texts, rewards, lengths, kls = [], [], [], []
     for part in (problems[i:i + size] for i in range(0, len(problems), size)):
         batch = data.collate([{"prompt": p["prompt"]} for p in part], tokenizer, config.device)

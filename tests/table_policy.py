@@ -16,7 +16,7 @@ import torch
 
 import data
 import tasks
-from model import Samples
+from model import GPTConfig, Samples
 
 PROMPTS = {"train": ["a", "bb"], "test": ["p", "qq", "rrr", "ssss", "never asked"],
            "ood": ["x", "xx", "y", "yy"], "skill": ["u", "v", "w"], "other": ["uu"]}
@@ -90,7 +90,7 @@ class Policy:
     """A table of logits for every prompt and prefix, drawn once and for all by their names, and the
     answers of DRAWS."""
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(scalar_head=False)
+    config = GPTConfig()
 
     def __init__(self, name, draws=DRAWS):
         self.name, self.draws, self.calls, self.rows = name, draws, [], []

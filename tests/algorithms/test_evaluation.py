@@ -12,7 +12,7 @@ import torch
 import data
 import tasks
 from harness import evaluate
-from model import Samples
+from model import GPTConfig, Samples
 from table_policy import PROMPTS, Call, Policy, Task, Tokens, Wide, config_of, kl_of_first_answers
 from tiny import Letters, move, tiny_model
 
@@ -99,7 +99,8 @@ def test_skills_of_the_chain_task_are_judged_by_their_own_problems():
         ids = torch.tensor([[*p[-2:0:-1][:4].ljust(4), eos_id] for p in asked])
         return Samples(ids, torch.ones_like(ids, dtype=torch.bool), None, None)
     seen, tokenizer = [], data.Tokenizer("byte")
-    task, pi = tasks.Chain(other_skills=True), SimpleNamespace(generate=reverses)
+    pi = SimpleNamespace(generate=reverses, config=GPTConfig())
+    task = tasks.Chain(other_skills=True)
     found = evaluate.judge_answers(pi, None, tokenizer, task, config_of(eval_problems=50), False)
     assert found["eval/kept/reversing"] == 1 and found["eval/kept/facts"] == 0
     assert found["eval/accuracy"] == 0
