@@ -86,6 +86,7 @@ class PublishedTokenizer(data.Tokenizer):
         self.special, self.composed = {t["content"]: t["id"] for t in added}, normalizer == "NFC"
         # Some tokens that were added are part of texts, as <think>; the others never are.
         self.in_texts = {t["content"] for t in added if not t["special"]}
+        self.names = {t["id"]: t["content"] for t in added if t["special"]}
         self.size = 1 + max([*ranks.values(), *self.special.values()])
         self.vocab_size = hub.read_json(folder, "config.json").get("vocab_size") or self.size
         if self.size > self.vocab_size:

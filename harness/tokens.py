@@ -58,6 +58,8 @@ def first_minibatch(algo, batch):
 
 
 def token_text(tokenizer, token):
+    if token in getattr(tokenizer, "names", ()):   # <|im_start|> of a published model
+        return tokenizer.names[token]
     return "<end>" if token == tokenizer.eos_id else repr(tokenizer.decode([token]))[1:-1]
 
 

@@ -161,3 +161,12 @@ def test_what_a_published_model_cannot_start(qwen):
     write_jsonl([{"prompt": "x" * 300, "completion": "y"}])
     assert "tokens do not fit --block_size 256" in complaint(run, *words(*flags, qwen))
     assert not os.path.exists("run")
+
+
+def test_inspect_names_special_tokens(qwen, capsys):
+    """--inspect: the turns of the prompt by their names, and the end of the answer as it is."""
+    assert run("--algo", "sft", *SHORT, "--init_from", qwen, "--inspect") == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = [word for word, *_ in filter(None, said) if word.startswith("<|")]
+    assert first[:4] == ["<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert ["<|im_end|>", "yes"] in [words[:2] for words in said]
