@@ -26,6 +26,13 @@ def at_once(model, task):
     return min(SAMPLED, max(2**28 // numbers, 1))
 
 
+def in_parts(batch, model, config):
+    """A batch in parts that can be scored: of micro_batch_size rows, or SCORED, or fewer where
+    their logits would be more than 2^28 numbers."""
+    logits = model.config.vocab_size * batch["completion_ids"].shape[1]         # of one row
+    return data.split(batch, config.micro_batch_size or min(SCORED, max(2**28 // logits, 1)))
+
+
 @functools.lru_cache(maxsize=8)
 def held_out(task, split, size):
     """The problems of a split to judge by, drawn once."""
@@ -109,7 +116,7 @@ def answers(model, tokenizer, task, problems, config, num_generations=1, tempera
                      "completion_mask": samples.completion_mask[::n],
                      "prompt_index": torch.arange(len(part), device=config.device)}
             kls += [answer_kl(model, ref_model, micro)
-                    for micro in data.split(first, config.micro_batch_size or SCORED)]
+                    for micro in in_parts(first, model, config)]
     shape = (len(problems), n)
     return (texts, torch.tensor(rewards).view(shape), torch.cat(lengths).view(shape),
             torch.cat(kls) if kls else None)
@@ -133,7 +140,7 @@ def held_out_loss(model, tokenizer, rows, config):
         return {}
     total = count = 0
     whole = data.collate(examples, tokenizer, config.device)
-    for batch in data.split(whole, config.micro_batch_size or SCORED):
+    for batch in in_parts(whole, model, config):
         logprobs = model.completion_logits(*data.inputs(batch)).log_softmax(-1)
         ids = batch["completion_ids"].unsqueeze(-1)                            # (B, T, 1)
         logprobs = logprobs.gather(-1, ids).squeeze(-1)                        # (B, T)

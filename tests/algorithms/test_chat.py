@@ -81,6 +81,12 @@ def test_awkward_texts_come_back(made, kind):
         assert back == (text.replace("\x00", "") if kind == "smollm2" else text)
 
 
+def test_composition(made):
+    """Qwen's normalizer composes what is written in two characters; Llama has none."""
+    assert made("qwen2.5").encode("e\u0301") == made("qwen2.5").encode("\u00e9")
+    assert made("llama3").encode("e\u0301") != made("llama3").encode("\u00e9")
+
+
 def test_digits(made):
     """Three at a time for Llama 3, one by one for Qwen and SmolLM2, any number for GPT-2."""
     words = {"llama3": 3, "qwen2.5": 7, "smollm2": 7, "gpt2": 1}

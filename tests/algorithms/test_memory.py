@@ -133,3 +133,17 @@ def test_evaluation_samples_fewer_answers_of_a_large_model():
     n = evaluate.at_once(large, task)
     cache = memory.parts(large.config, 1, 256, 300, n)["cache"]
     assert 0.45e9 < cache <= 2**29
+
+
+def test_evaluation_scores_fewer_rows_of_a_large_vocabulary():
+    """Unless --micro_batch_size says otherwise: 2^28 logits at a time, a gigabyte."""
+    def sizes(vocab_size, rows, T, micro_batch_size=0):
+        ones = torch.ones(rows, T).long()
+        batch = {"prompt_ids": ones, "prompt_mask": ones == 1, "completion_ids": ones,
+                 "completion_mask": ones == 1, "prompt_index": torch.arange(rows)}
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size))
+        config = SimpleNamespace(micro_batch_size=micro_batch_size)
+        return [len(part["prompt_ids"]) for part in evaluate.in_parts(batch, model, config)]
+    assert sizes(258, 300, 32) == [256, 44]
+    assert sizes(151936, 12, 300) == [5, 5, 2] and 5 * 151936 * 300 <= 2**28
+    assert sizes(151936, 12, 300, 8) == [8, 4] and sizes(2**20, 2, 300) == [1, 1]

@@ -14,6 +14,7 @@ import torch
 import sample
 import tasks
 from harness import files, report
+from model import GPTConfig
 from table_policy import DRAWS, Policy, Task, Tokens, config_of
 
 # -- lines ----------------------------------------------------------------------------------------
@@ -153,8 +154,7 @@ def sampled_policy(monkeypatch):
     monkeypatch.setattr(sample.checkpoint, "build_model", lambda found, device: policy)
     monkeypatch.setattr(sample.prepare, "make_task", lambda config, block_size: Task())
     monkeypatch.setattr(sample.data, "Tokenizer", lambda name: Tokens())
-    shape = SimpleNamespace(scalar_head=False, block_size=128, vocab_size=4)
-    monkeypatch.setattr(policy, "config", shape)
+    monkeypatch.setattr(policy, "config", GPTConfig(vocab_size=4))
     return policy
 
 
