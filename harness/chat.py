@@ -26,7 +26,7 @@ DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"   #
 
 def tokenizer_of(config):
     """The tokenizer that --tokenizer names: one of ours, or that of a folder."""
-    if os.path.isdir(config.tokenizer):
+    if config.tokenizer not in ("byte", "gpt2") and os.path.isdir(config.tokenizer):
         return published(config.tokenizer, config.template, config.system_prompt)
     if config.template != "auto" or config.system_prompt is not None:
         raise InputError("--template and --system_prompt are for published models: "

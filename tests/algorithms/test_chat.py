@@ -150,7 +150,7 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path, found, named):
         read(tmp_path, found)
 
 
-def test_what_else_is_missing(tmp_path):
+def test_what_else_is_missing(tmp_path, monkeypatch):
     """No tokenizer.json; no end of text in any file; more tokens than the model has; a template
     without its tokens, and of a tokenizer of ours."""
     with pytest.raises(InputError, match="there is no tokenizer there"):
@@ -166,6 +166,10 @@ def test_what_else_is_missing(tmp_path):
                  dict(template="auto", system_prompt="Be brief.")):
         with pytest.raises(InputError, match="are for published models"):
             chat.tokenizer_of(SimpleNamespace(tokenizer="byte", **more))
+    (tmp_path / "byte").mkdir()
+    monkeypatch.chdir(tmp_path)   # a folder of that name is not meant
+    ours = SimpleNamespace(tokenizer="byte", template="auto", system_prompt=None)
+    assert chat.tokenizer_of(ours).vocab_size == 258
     with pytest.raises(InputError, match="use byte or gpt2, or a folder"):
         chat.tokenizer_of(SimpleNamespace(tokenizer="none", template="auto", system_prompt=None))
 
