@@ -134,6 +134,14 @@ class PublishedTokenizer(data.Tokenizer):
         found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<|]*)<\|im_end\|>", self.chat)
         return found[1] if found and self.template == "chatml" else ""
 
+    def described(self):
+        """One line on what prompts become."""
+        if self.template == "plain":
+            return "prompts are plain text" + (
+                ", though the model has a chat template (--template)" if self.chat else "")
+        system = f", after the system prompt {self.system_prompt!r}" if self.system_prompt else ""
+        return f"prompts are {self.template} turns{system}"
+
     # -- texts and ids ----------------------------------------------------------------------------
 
     def encode(self, text):

@@ -19,7 +19,8 @@ def parts(shape, rows, prompt, completion, sampled, bytes_per_number=2, referenc
     sets of heads more) and, in the precision of the products, 2 n_embd, 4 n_hidden and the heads;
     and the mask of each row. Of logits there are three tensors at the peak: the log-probabilities,
     their gradient and that of the logits. `cache` holds the keys and values of what is being
-    written. What is sampled and what is trained on are not there at the same time.
+    written (for a moment up to twice as much, when finished rows leave it). What is sampled and
+    what is trained on are not there at the same time.
     """
     with torch.device("meta"):
         N = GPT(shape).num_parameters()

@@ -91,6 +91,8 @@ def opening(algo, resumed_at=0):
     start = f" from step {resumed_at}" if resumed_at else ""
     how = getattr(algo.task, "understood", "")   # of a file with other columns than ours
     read = f"{config.data}: {how}\n" if how else ""
+    if hasattr(algo.tokenizer, "described"):   # of a published model
+        read += f"{algo.tokenizer.described()}\n"
     return (f"\n{read}{config.algo} on {algo.task.name}: {algo.model.num_parameters():,} "
             f"parameters, {config.device}, {config.dtype}, {config.max_steps} steps of "
             f"{config.batch_size}{start}, into {config.out_dir}\n"

@@ -134,6 +134,7 @@ def test_template_and_system_prompt(qwen, capsys):
     """They are settings of the run, which sample.py takes over; a resumption must name the same."""
     flags = ("--algo", "sft", *SHORT, "--init_from", qwen, "--out_dir", "run")
     assert run(*flags, "--system_prompt", "Count.") == 0
+    assert "prompts are chatml turns, after the system prompt 'Count.'" in capsys.readouterr().out
     plain = metrics("run")[-1]["nll"]
     _, _, config = sample.parse(["run"])
     tokenizer = chat.tokenizer_of(config)
@@ -141,6 +142,8 @@ def test_template_and_system_prompt(qwen, capsys):
     os.remove("run/summary.json")
     assert "--system_prompt" in complaint(run, *words(*flags, "--resume"))
     assert run(*flags, "--template", "plain") == 0
+    assert "prompts are plain text, though the model has a chat template (--template)" in \
+        capsys.readouterr().out
     assert metrics("run")[-1]["nll"] != plain
 
 

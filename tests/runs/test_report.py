@@ -106,7 +106,7 @@ def test_opening():
     reward model, which is judged otherwise; and the algorithm's own. One line for a base model."""
     shape = SimpleNamespace(scalar_head=False)
     algo = SimpleNamespace(model=SimpleNamespace(num_parameters=lambda: 1234567, config=shape),
-                           legend="its own", task=Task(), config=config_of(
+                           legend="its own", task=Task(), tokenizer=Tokens(), config=config_of(
                                algo="sft", max_steps=20, batch_size=8, out_dir="out/x"))
     first = "\nsft on table: 1,234,567 parameters, cpu, float32, 20 steps of 8{}, into out/x\n"
     assert report.opening(algo) == first.format("") + report.LEGEND + "its own"
