@@ -103,7 +103,7 @@ def test_what_a_run_can_start_from():
 
     def start(path="policy", **shape):
         config = SimpleNamespace(device="cpu", init_from=path, tokenizer="byte", shape=shape)
-        return prepare.start_model(config)
+        return prepare.start_model(config, config.device)
     assert start(n_embd=4, n_head=1, n_layer=1).config.n_embd == 4
     assert start(n_embd=4, n_head=1, n_layer=1, head_dim=4, n_hidden=32).config.n_layer == 1
     with pytest.raises(InputError, match="^policy has n_layer 1, not 2: leave the flag out$"):
