@@ -9,8 +9,9 @@ import torch
 from harness import checkpoint, export, hub
 from harness.errors import InputError
 from hub_models import FAKE, FAMILIES, load_file, tensors_of, write_model
-from llama import CLOSE, reference_llama
+from llama import CLOSE
 from model import GPT, GPTConfig, rotary_angles
+from written_out import reference_llama
 
 
 @pytest.fixture
