@@ -24,7 +24,8 @@ def of_sharpen(**arms):
 
 @pytest.mark.parametrize("arms, expected", [
     ({}, common.HOLDS),
-    ({"RFT": (0.3, 0.5)}, common.HOLDS),                    # no remedy
+    ({"RFT": (0.3, 0.5)}, common.HOLDS),                    # no remedy, and this is none either:
+    ({"positive": (0.3, 0.5)}, common.HOLDS),
     ({"negative": (0.5, 0.6)}, "holds with a condition: breadth is kept by MaxRL, KL, entropy "
                                "alone"),
     ({"MaxRL": (0.5, 0.89)}, "holds with a condition: breadth is kept by KL, entropy, negative "
@@ -52,10 +53,12 @@ def test_one_seed_says_nothing_about_sharpening():
 
 def test_the_effects_of_sharpen_have_their_sign():
     """GRPO goes from .4 to .52 and from .99 to .85; MaxRL to .5 and .94."""
-    _, effects = sharpen.verdict(of_sharpen(RFT=(0.45, 0.9)))
+    _, effects = sharpen.verdict(of_sharpen(RFT=(0.45, 0.9), positive=(0.47, 0.8)))
     for name, value in (("GRPO - base at k = 1", 0.12), ("GRPO - base at k = 64", -0.14),
                         ("MaxRL - base at k = 1", 0.1), ("MaxRL - GRPO at k = 64", 0.09),
-                        ("RFT - base at k = 1", 0.05), ("RFT - GRPO at k = 64", 0.05)):
+                        ("RFT - base at k = 1", 0.05), ("RFT - GRPO at k = 64", 0.05),
+                        ("positive - base at k = 1", 0.07),
+                        ("positive - GRPO at k = 64", -0.05)):
         assert effects[name]["mean"] == pytest.approx(value)
     arms = [arm for arm in sharpen.ARMS if arm != "GRPO"]
     assert set(effects) == {"GRPO - base at k = 1", "GRPO - base at k = 64",
