@@ -20,7 +20,7 @@ def figures(seeds=5, **accuracy):
     """Figures of all arms, five seeds each; the chain wins. Keyword `tokens` stands for the long
     GRPO arm, `chain` for SFT>GRPO, `order` for GRPO>SFT."""
     means = {"base": START, "GRPO": ALONE, "SFT": FEW, "tokens": 0.5, "chain": BOTH, "order": 0.47,
-             "plain sum": 0.96, **accuracy}
+             "plain sum": 0.96, "CHORD-mu": 0.9, "HPT": 0.8, "UFT": 0.7, "LUFFY": 0.5, **accuracy}
     names = {"tokens": rare.LONGER, "chain": "SFT>GRPO", "order": "GRPO>SFT"}
     found = {}
     for arm, mean in means.items():
@@ -46,7 +46,8 @@ def figures(seeds=5, **accuracy):
     ({"GRPO": scattered(0.5)}, common.UNCLEAR),
     ({"base": scattered(0.44)}, common.UNCLEAR),
     ({"tokens": 0.97, "SFT": scattered(0.7)}, common.UNCLEAR),
-    ({"plain sum": 0.99, "order": 0.99}, common.HOLDS)])      # no part of the rule
+    ({"plain sum": 0.99, "order": 0.99}, common.HOLDS),       # no part of the rule
+    (dict.fromkeys(rare.HYBRIDS, 0.1), common.HOLDS)])
 def test_the_rule(accuracy, expected):
     assert rare.verdict(figures(**accuracy))[0] == expected
 
@@ -68,7 +69,11 @@ def test_the_effects_have_their_sign():
     _, effects = rare.verdict(figures())
     for name, mean in {"GRPO - base": 0.05, "SFT>GRPO - GRPO": 0.49, "SFT>GRPO - SFT": 0.53,
                        "SFT>GRPO - GRPO, as many tokens": 0.48, "plain sum - SFT>GRPO": -0.02,
-                       "plain sum - SFT>GRPO, ood": -0.01,
+                       "plain sum - SFT>GRPO, ood": -0.01, "CHORD-mu - SFT>GRPO": -0.08,
+                       "CHORD-mu - SFT>GRPO, ood": -0.04, "HPT - SFT>GRPO": -0.18,
+                       "HPT - SFT>GRPO, ood": -0.09, "UFT - SFT>GRPO": -0.28,
+                       "UFT - SFT>GRPO, ood": -0.14, "LUFFY - SFT>GRPO": -0.48,
+                       "LUFFY - SFT>GRPO, ood": -0.24,
                        "SFT>GRPO - GRPO>SFT": 0.51}.items():
         assert effects.pop(name)["mean"] == pytest.approx(mean), name
     assert not effects
