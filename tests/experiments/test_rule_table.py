@@ -11,7 +11,8 @@ import train
 from experiment_helpers import around, first_seed, scattered
 from harness import arms as harness_arms
 
-ACCURACY = {"DPO": 0.40, "RFT": 0.47, "PPO": 0.45, "GRPO": 0.48, "DFT": 0.52}
+ACCURACY = {"DPO": 0.40, "RFT": 0.47, "PPO": 0.45, "GRPO": 0.48, "DFT": 0.52, "AWR": 0.46,
+            "SFT on texts": 0.55, "DFT on texts": 0.35, "SFT>GRPO": 0.58}
 
 
 def figures(**accuracy):
@@ -35,6 +36,7 @@ def figures(**accuracy):
     ({"DFT": 0.39}, common.FAILS),
     ({"DFT": 0.495, "RFT": 0.48, "PPO": 0.48, "DPO": 0.48}, common.FAILS),   # ahead by .015
     ({"DFT": 0.39, "DPO": scattered(0.5)}, common.UNCLEAR),
+    (dict.fromkeys(table.MORE, 0.9), common.HOLDS),          # no part of the rule
     ({"DFT": scattered(0.52)}, common.UNCLEAR)])
 def test_the_rule(accuracy, expected):
     assert table.verdict(figures(**accuracy))[0] == expected
@@ -50,25 +52,32 @@ def test_the_effects_have_their_sign():
     expected = {"DFT - DPO": 0.12, "DFT - RFT": 0.05, "DFT - PPO": 0.07, "DFT - GRPO": 0.04,
                 "RFT - DPO": 0.07, "PPO - RFT": -0.02, "GRPO - PPO": 0.03,
                 "DFT - RFT, pass@16": -0.05, "DFT - GRPO, pass@16": -0.04,
-                "DFT - GRPO, ood": 0.02}
+                "DFT - GRPO, ood": 0.02, "DFT - AWR": 0.06,
+                "DFT on texts - SFT on texts": -0.2, "DFT - DFT on texts": 0.17,
+                "SFT>GRPO - GRPO": 0.1}
     assert {name: effect["mean"] for name, effect in effects.items()} == pytest.approx(expected)
 
 
 def test_budgets_and_who_sampled():
-    """Every arm makes 60 updates; those called offline never renew their sampler."""
+    """Every arm makes 60 updates; those called offline never renew their sampler. Demonstrations
+    are as many as the prompts of 60 batches."""
     configs = {}
     for arm, word in table.ARMS.items():
         for variant in harness_arms.values(word):
-            [stage] = harness_arms.stages(variant, table.FLAGS, 0, train.ALGORITHMS)
-            configs[arm] = config = stage.config
-            updates = config.max_steps
-            if config.algo == "ppo":
-                updates *= config.num_iterations * config.num_minibatches
-            assert updates == 60 and config.eval_steps == config.max_steps
-            assert config.task == "countdown"
+            updates = 0
+            for stage in harness_arms.stages(variant, table.FLAGS, 0, train.ALGORITHMS):
+                configs[arm] = config = stage.config
+                passes = (config.num_iterations * config.num_minibatches if config.algo == "ppo"
+                          else 1)
+                updates += config.max_steps * passes
+                assert config.eval_steps == config.max_steps and config.task == "countdown"
+            assert updates == 60
     assert configs["DPO"].sync_steps == "inf"
     assert configs["RFT"].rounds == configs["DFT"].rounds == 1
     assert configs["DFT"].weighting == "dft" and configs["RFT"].weighting == "none"
+    assert configs["AWR"].rounds == 1 and configs["AWR"].weighting == "awr"
+    for arm in ("SFT on texts", "DFT on texts"):
+        assert configs[arm].num_demonstrations == 60 * configs[arm].batch_size == 1920
     assert {configs[arm].batch_size * configs[arm].num_generations for arm in table.ORDER} == {512}
 
 
