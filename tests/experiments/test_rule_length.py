@@ -16,8 +16,8 @@ from harness import evaluate
 
 def of_length(**wrong):
     """Figures of the base and the arms: wrong answers of 10 tokens, right ones of 8. Those of the
-    second rate have wrong answers of 30, which the rule does not read."""
-    found = {arm: wrong.get(arm, 30 if "5e-4" in arm else 10) for arm in ("base", *length.ARMS)}
+    equal rates have wrong answers of 30, which the rule does not read."""
+    found = {arm: wrong.get(arm, 30 if " at " in arm else 10) for arm in ("base", *length.ARMS)}
     return {arm: {"wrong": around(value, 0.1), "right": around(8, 0.1)}
             for arm, value in found.items()}
 
@@ -46,10 +46,12 @@ def test_one_seed_concludes_nothing():
     assert length.verdict(first_seed(of_length(grpo=15)))[0] == common.UNCLEAR
 
 
-def test_an_arm_of_the_second_rate_is_compared_with_its_own():
-    figures = of_length(base=9, grpo=15, **{"grpo at 5e-4": 12, "dapo at 5e-4": 7})
+def test_an_arm_of_an_equal_rate_is_compared_with_its_own():
+    figures = of_length(base=9, grpo=15, **{"grpo at 5e-4": 12, "dapo at 5e-4": 7,
+                                            "grpo at 1e-3": 20, "dapo at 1e-3": 18})
     _, effects = length.verdict(figures)
     assert effects["wrong answers, grpo - dapo at 5e-4"]["mean"] == pytest.approx(5)
+    assert effects["wrong answers, grpo - dapo at 1e-3"]["mean"] == pytest.approx(2)
     assert effects["wrong answers, grpo - base at 5e-4"]["mean"] == pytest.approx(3)
     assert effects["wrong answers, grpo - dr_grpo"]["mean"] == pytest.approx(5)
 
