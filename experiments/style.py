@@ -7,8 +7,10 @@ Claim      SFT memorises, RL generalises: on problems that training does not sho
 Source     2501.17161 (SFT memorises, RL generalises), 2509.04259 (RL's Razor).
 Here       Chain. Demonstrations that are right, 400 or 4,000, in the base model's own notation
            (`7+5=2;2*3=6`) or a foreign one: letters (`a7+5=2;a2*3=6`), swapped (`5+7=2;3*2=6`), or
-           each in one of the three (mixed). SFT on each, DFT on the own one; on the same prompts
-           RFT with 20 rounds, online DPO and GRPO, 8 answers each: they keep their own notation.
+           each in one of the three (mixed). SFT on each, DFT on the own one and, added after the
+           first run, on letters (at SFT's rates it fell to .06 in the sweep, so it has lower ones
+           instead: 3e-4, 1e-3 and 3e-3); on the same prompts RFT with 20 rounds, online DPO and
+           GRPO, 8 answers each: they keep their own notation.
            All make 150 updates of 32; mixed makes 450, so that it meets each style as often (in a
            pilot it had reached .43 after 200). The base knows two skills more, reversing and facts.
            ood are problems with `>`, which the base knows and post-training never shows. The base
@@ -35,7 +37,7 @@ Rule       Out of distribution, paired by seed: SFT - base for each of own, lett
            KL and what was lost, one for each seed. Arms with foreign notation and arms without are
            two clusters, which alone make it high.
 
-Time       20 minutes on one core (77 runs); the base models, which others share, 2 more.
+Time       22 minutes on one core (85 runs); the base models, which others share, 2 more.
 """
 
 import sys
@@ -52,6 +54,7 @@ RATES = {"own": OWN, "letters": FOREIGN, "swapped": FOREIGN}
 ARMS = {**{f"SFT, {style}, {size}": f"sft:style={style}:num_demonstrations={n}" + RATES[style]
            for size, n in NUMBERS.items() for style in STYLES},
         "DFT, own": "dft:style=own:num_demonstrations=4000" + OWN,
+        "DFT, letters": "dft:style=letters:num_demonstrations=4000" + common.RATES,
         **{arm: f"{word}:num_generations=8" + OWN
            for arm, word in (("RFT", "rft:rounds=20"), ("DPO", "dpo"), ("GRPO", "grpo"))},
         "SFT, mixed, x3": "sft:style=mixed:num_demonstrations=4000:max_steps=450" + FOREIGN}
@@ -101,8 +104,13 @@ def verdict(figures):
             truth[style] = False
         if min(sum(arm["accuracy"]) / len(arm["accuracy"]) for arm in (sft, grpo)) < LEARNED:
             truth[style] = None
+    if "DFT, letters" in figures:   # from here on no part of the rule
+        dft = figures["DFT, letters"]
+        for measure in ("accuracy", "ood"):
+            effects[f"DFT letters - SFT letters, {measure}"] = common.difference(
+                dft[measure], figures["SFT, letters, many"][measure])
     arms = [figures[arm] for arm in figures if arm != "base"]
-    for kl in ("KL", "forward KL"):   # no part of the rule
+    for kl in ("KL", "forward KL"):
         for kept in ("ood", "reversing", "facts"):
             effects[f"{kl} and {kept} lost, rank correlation"] = common.interval(
                 [rank_correlation([arm[kl][i] for arm in arms],
@@ -144,7 +152,7 @@ def draw(plt, figures):
             common.draw_point(axis, mean(arm, "forward KL"), values, colors[arm.split(",")[0]])
         axis.axhline(mean("base", *names), color="black", linestyle=":")
         axis.set_xscale("log")
-        axis.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+        axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         axis.minorticks_off()
         axis.set_xlabel("KL(base || policy), nats an answer")
         axis.set_ylim(-0.03, 1.03)

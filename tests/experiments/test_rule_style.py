@@ -47,11 +47,14 @@ def test_one_seed_says_nothing_about_style():
 
 
 def test_the_effects_of_style_have_their_sign():
-    """The base has .44, GRPO .8, SFT .9 in its own style and .3 with letters."""
-    _, effects = style.verdict(of_style())
+    """The base has .44, GRPO .8, SFT .9 in its own style and .3 with letters, DFT there .5; on the
+    task .9 and .98."""
+    _, effects = style.verdict(of_style(learned=0.9))
     for name, value in (("GRPO - base, ood", 0.36), ("SFT own - base, ood", 0.46),
                         ("SFT letters - base, ood", -0.14), ("GRPO - SFT letters, ood", 0.5),
-                        ("GRPO - SFT swapped, ood", 0.6)):
+                        ("GRPO - SFT swapped, ood", 0.6),
+                        ("DFT letters - SFT letters, ood", 0.2),
+                        ("DFT letters - SFT letters, accuracy", 0.08)):
         assert effects[name]["mean"] == pytest.approx(value)
 
 
