@@ -124,7 +124,7 @@ def collate_pairs(examples, tokenizer, log, device="cpu"):
 
 
 def inputs(batch):
-    """What model.completion_logits takes, in its order."""
+    """What model.completion_hidden takes, in its order."""
     return [batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids",
                                      "completion_mask", "prompt_index")]
 

@@ -67,6 +67,17 @@ class DFTConfig(Demonstrations):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), from logits
+    (B, t, V) and ids (B, t): a few columns of the batch (see model.completion_scores).
+
+    Worked example: logits log [.5, .3, .2] and the token 1 give log .3 and log [.5, .3, .2].
+    """
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def imitation_weights(logprobs, completion_mask, loss_type="dft", alpha=0.5, ref_logprobs=None,
                       iw_temperature=1.0, iw_max=16.0):
     """The weight of each token, detached. logprobs, mask, ref_logprobs (B, T) -> (B, T)
@@ -124,6 +135,16 @@ def gem_loss(all_logprobs, logprobs, gem_temperature=0.7):
     return (q * all_logprobs).sum(-1) - logprobs
 
 
+def loss_of_all(all_logprobs, logprobs, config, ref_logits=None):
+    """What a loss makes of the whole distribution: asft's KL to that of the ref_logits, gem's loss,
+    otherwise 0. (B, t, V), (B, t) -> (B, t)"""
+    if config.loss_type == "asft":
+        return anchor_loss(all_logprobs, torch.log_softmax(ref_logits, dim=-1))
+    if config.loss_type == "gem":
+        return gem_loss(all_logprobs, logprobs, config.gem_temperature)
+    return torch.zeros_like(logprobs)
+
+
 def token_weights(completion_mask):
     """1/N on each of the batch's N completion tokens, 0 elsewhere. (B, T) -> (B, T)"""
     mask = 1.0 * completion_mask   # a mask of numbers keeps its precision
@@ -177,37 +198,38 @@ class DFT(nn.Module):
         return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the completions' tokens (B, T), and of every token (B, T, V)."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """As in sft.py, and as a third asft's KL or gem's loss; all (B, T)."""
+        asft = self.config.loss_type == "asft"
+        more = [self.ref_model.completion_hidden(*data.inputs(batch))] if asft else []   # (B, T, C)
+        def f(logits, ids, *ref_hidden):                                        # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids)
+            of_all = loss_of_all(all_logprobs, logprobs, self.config,
+                                 *map(self.ref_model.head, ref_hidden))
+            return logprobs, all_logprobs.argmax(-1) == ids, of_all             # (B, t) each
+        return model.completion_scores(f, *data.inputs(batch), more=more)
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
-        config, mask = self.config, batch["completion_mask"]                    # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
-        weight = torch.ones_like(logprobs)
+        config = self.config
+        mask = batch["completion_mask"]                                         # (B, T)
+        logprobs, likeliest, of_all = self.logprobs(self.model, batch)
         if config.loss_type == "psft":
             losses = psft_loss(logprobs, batch["old_logprobs"], config.epsilon_high)
             weight = (-losses * (losses > -1 - config.epsilon_high)).detach()   # ratio; 0: clipped
         elif config.loss_type == "gem":
-            losses = gem_loss(all_logprobs, logprobs, config.gem_temperature)
+            losses, weight = of_all, torch.ones_like(logprobs)
         else:
             weight = imitation_weights(logprobs, mask, config.loss_type, config.alpha,
                                        batch.get("ref_logprobs"), config.iw_temperature,
                                        config.iw_max)
             losses = -weight * logprobs                                         # (B, T)
         if config.loss_type == "asft":
-            with torch.no_grad():
-                _, ref_all_logprobs = self.logprobs(self.ref_model, batch)
-            kl = anchor_loss(all_logprobs, ref_all_logprobs)                    # (B, T)
-            losses = losses + config.anchor_coef * kl
-            log.mean("kl", kl, mask)
+            losses = losses + config.anchor_coef * of_all
+            log.mean("kl", of_all, mask)
         log.mean("nll", -logprobs, mask)
         log.mean("mean_weight", weight, mask)
         log.mean("frac_weight_near_zero", weight < 0.01, mask)
-        log.mean("mean_token_accuracy", all_logprobs.argmax(-1) == batch["completion_ids"], mask)
+        log.mean("mean_token_accuracy", likeliest, mask)
         return (losses * batch["weights"]).sum()
 
 

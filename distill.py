@@ -72,6 +72,21 @@ class DistillConfig(Sampling):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), at the sampling
+    temperature, from logits (B, t, V) and ids (B, t): a few columns of the batch (see
+    model.completion_scores).
+
+    Worked example: logits log [.8, .2] and the token 1 give log .2 and log [.8, .2]; at the
+    temperature .5, which squares the odds, log 1/17 and log [16/17, 1/17].
+    """
+    if temperature != 1:
+        logits = logits / temperature
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def token_losses(logprobs, all_logprobs, teacher_logprobs, teacher_all_logprobs,
                  divergence="reverse"):
     """The divergence at each token. logprobs of the tokens that were drawn (B, T), all_logprobs
@@ -158,26 +173,26 @@ class Distill(nn.Module):
         weights = token_weights(batch["completion_mask"].to(self.model.dtype))
         return [{**batch, "weights": weights}]
 
-    def logprobs(self, model, batch):
-        """Log-probabilities of the completions' tokens (B, T), and of every token (B, T, V), at the
-        sampling temperature: the student's and the teacher's alike."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        if self.config.temperature != 1:
-            logits = logits / self.config.temperature
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
-
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
-        mask = batch["completion_mask"]                                         # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
-        teacher_logprobs, teacher_all_logprobs = self.logprobs(self.teacher, batch)
-        losses = token_losses(logprobs, all_logprobs, teacher_logprobs, teacher_all_logprobs,
-                              self.config.divergence)                           # (B, T)
-        with torch.no_grad():
-            log.mean("teacher_kl", kl(all_logprobs, teacher_all_logprobs), mask)
-            log.mean("entropy", -(all_logprobs.exp() * all_logprobs).sum(-1), mask)
+        config, mask = self.config, batch["completion_mask"]                    # (B, T)
+
+        def f(logits, ids, teacher_hidden):                                     # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids, config.temperature)
+            teacher_logprobs, teacher_all_logprobs = token_logprobs(
+                self.teacher.head(teacher_hidden), ids, config.temperature)
+            losses = token_losses(logprobs, all_logprobs, teacher_logprobs, teacher_all_logprobs,
+                                  config.divergence)                            # (B, t)
+            with torch.no_grad():
+                teacher_kl = kl(all_logprobs, teacher_all_logprobs)             # (B, t)
+                entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)          # (B, t)
+            return losses, teacher_kl, entropy
+
+        teacher_hidden = self.teacher.completion_hidden(*data.inputs(batch))    # (B, T, C)
+        losses, teacher_kl, entropy = self.model.completion_scores(
+            f, *data.inputs(batch), more=[teacher_hidden])                      # (B, T) each
+        log.mean("teacher_kl", teacher_kl, mask)
+        log.mean("entropy", entropy, mask)
         return (losses * batch["weights"]).sum()
 
 

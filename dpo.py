@@ -114,6 +114,23 @@ class DPOConfig(Sampling):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), from logits
+    (B, t, V) and ids (B, t): a few columns of the batch (see model.completion_scores).
+
+    Worked example: logits log [.5, .3, .2] and the token 1 give log .3 and log [.5, .3, .2].
+    """
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
+def answer_logps(logprobs, completion_mask):
+    """The log-probability of each answer: a sum over its tokens, <end> included. (B, T) twice ->
+    (B,). Worked example: [-1, -2, -9], the third token padding, gives -3."""
+    return (logprobs * completion_mask).sum(-1)
+
+
 def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
                     chosen_lengths, rejected_lengths, loss_type="sigmoid", beta=0.1,
                     label_smoothing=0.0, simpo_gamma=0.5, ipo_average=False):
@@ -313,12 +330,11 @@ class DPO(nn.Module):
                                      self.rows_together)
 
     def logps(self, model, batch):
-        """Log-probability of each answer (B,): a sum over its tokens, <end> included."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        logprobs = all_logprobs.gather(-1, ids).squeeze(-1)                     # (B, T)
-        return (logprobs * batch["completion_mask"]).sum(-1)
+        """Log-probability of each answer (B,)."""
+        def f(logits, ids):                                                     # a few columns
+            return token_logprobs(logits, ids)[0]                               # (B, t)
+        logprobs = model.completion_scores(f, *data.inputs(batch))              # (B, T)
+        return answer_logps(logprobs, batch["completion_mask"])
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the pairs at hand."""

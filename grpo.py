@@ -145,6 +145,21 @@ class GRPOConfig(Sampling):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), at the sampling
+    temperature, from logits (B, t, V) and ids (B, t): a few columns of the batch (see
+    model.completion_scores).
+
+    Worked example: logits log [.8, .2] and the token 1 give log .2 and log [.8, .2]; at the
+    temperature .5, which squares the odds, log 1/17 and log [16/17, 1/17].
+    """
+    if temperature != 1:
+        logits = logits / temperature
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def group_advantages(rewards, advantage="group", scale_rewards="group", std_correction=1,
                      advantage_eps=1e-4, greedy_rewards=None):
     """How much better each answer is than its group. rewards (P, G), greedy_rewards (P,) -> (P, G)
@@ -422,19 +437,19 @@ class GRPO(nn.Module):
         return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the sampled tokens (B, T), and of every token (B, T, V), at the
-        sampling temperature."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        if self.config.temperature != 1:
-            logits = logits / self.config.temperature
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """Log-probabilities of the sampled tokens, and the entropy where each was drawn; both (B,
+        T), at the sampling temperature."""
+        def f(logits, ids):                                                     # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids, self.config.temperature)
+            with torch.set_grad_enabled(self.config.entropy_coef != 0):
+                entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+            return logprobs, entropy                                            # (B, t), (B, t)
+        return model.completion_scores(f, *data.inputs(batch))
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
         config, mask = self.config, batch["completion_mask"]                    # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
+        logprobs, entropy = self.logprobs(self.model, batch)
         old_logprobs = batch.get("old_logprobs", logprobs.detach())   # used once: pi_old is pi
         losses, ratio, clipped = policy_loss(logprobs, old_logprobs, batch["advantages"], mask,
                                              config.epsilon, config.epsilon_high, config.loss_type,
@@ -442,8 +457,6 @@ class GRPO(nn.Module):
         if config.covariance != "none":
             losses = restrain(losses, logprobs, old_logprobs, batch["restrained"], config)
             log.mean("frac_restrained", batch["restrained"], mask)
-        with torch.set_grad_enabled(config.entropy_coef != 0):
-            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)              # (B, T)
         losses = losses - config.entropy_coef * entropy
         if config.beta > 0:
             corrected = old_logprobs if config.use_bias_correction_kl else None

@@ -135,6 +135,21 @@ class HybridConfig(Demonstrations, Sampling):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids, demonstrated, temperature=1.0):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), from logits
+    (B, t, V) and ids (B, t): a few columns of the batch (see model.completion_scores). Own tokens
+    are scored at the sampling temperature, demonstrated ones (B, t) at 1.
+
+    Worked example: logits log [.8, .2], the token 1, temperature .5, which squares the odds: log
+    1/17 and log [16/17, 1/17]; where it is demonstrated log .2 and log [.8, .2].
+    """
+    if temperature != 1:
+        logits = torch.where(demonstrated.unsqueeze(-1), logits, logits / temperature)
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def decay(step, first, last, steps):
     """From first to last over `steps` steps, along half a cosine, then last.
 
@@ -237,12 +252,6 @@ def imitation_loss(logprobs, entropy, advantages, imitation="sft", shaping=0.1):
     if imitation == "srft":
         return -0.5 * (-entropy.detach()).exp() * logprobs - advantages * p
     return -logprobs
-
-
-def entropies(all_logprobs):
-    """The entropy of the next token, without gradient. (B, T, V) -> (B, T)"""
-    all_logprobs = all_logprobs.detach()
-    return -(all_logprobs.exp() * all_logprobs).sum(-1)
 
 
 def top_share(values, mask, share):
@@ -381,7 +390,7 @@ class Hybrid(nn.Module):
         trained = demo
         if config.imitation == "prefix":
             entropy = data.in_micro_batches(
-                lambda b: entropies(self.logprobs(self.model, b)[1]), batch, config)
+                lambda b: self.logprobs(self.model, b)[1], batch, config)       # (B, T)
             trained = top_share(entropy, demo, config.top_entropy)
         own, demo = own.to(dtype), demo.to(dtype)   # a mask of numbers keeps its precision
         mu, total = batch["mu"][0].to(dtype), own.sum() + demo.sum()
@@ -431,23 +440,23 @@ class Hybrid(nn.Module):
         return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the written tokens (B, T), and of every token (B, T, V); of own
-        tokens at the sampling temperature."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        if self.config.temperature != 1:
-            logits = torch.where(batch["demonstrated"][..., None], logits,
-                                 logits / self.config.temperature)
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """Log-probabilities of the written tokens, and the entropy where each was drawn; both (B,
+        T), of own tokens at the sampling temperature."""
+        def f(logits, ids, demonstrated):                                       # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids, demonstrated,
+                                                    self.config.temperature)
+            with torch.no_grad():
+                entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+            return logprobs, entropy                                            # (B, t), (B, t)
+        return model.completion_scores(f, *data.inputs(batch), more=[batch["demonstrated"]])
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
         config, mask, demo = self.config, batch["completion_mask"], batch["demonstrated"]  # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
+        logprobs, entropy = self.logprobs(self.model, batch)
         old_logprobs = batch.get("old_logprobs", logprobs.detach())   # used once: pi_old is pi
         advantages, success = batch["advantages"][:, None], batch["success"][:, None]   # (B, 1)
-        right, entropy = batch["rewards"][:, None] > 0.5, entropies(all_logprobs)
+        right = batch["rewards"][:, None] > 0.5                                 # (B, 1)
         losses, ratio = policy_loss(logprobs, old_logprobs, advantages, config.epsilon,
                                     config.epsilon_high)                        # (B, T)
         imitated = losses               # prefix: a hint's tokens are taken for the policy's own

@@ -10,8 +10,8 @@ their weights fit by renaming tensors alone. The file reads in the spirit of nan
 
 Every algorithm asks the model for two things:
 
-    generate(prompts)                        sample completions, each with its log-probabilities
-    completion_logits(prompts, completions)  the logits that predict each completion token
+    generate(prompts)                          sample completions, each with its log-probabilities
+    completion_scores(f, prompts, completions) f of the logits that predict each completion token
 
 Both read a prompt once, however many completions belong to it.
 
@@ -27,9 +27,15 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from harness.errors import InputError
 from harness.flags import check_bounds, flag
+
+# How many logits are held at a time: in float32 a quarter of a GB, and log_softmax, entropy and
+# their gradients take about three times as much beside it. With fewer, a large vocabulary is read
+# in so many chunks that adding up the head's gradient, (V, C) for each, takes longer than the rest.
+CHUNK = 2 ** 26
 
 
 @dataclass
@@ -281,16 +287,19 @@ class GPT(nn.Module):
             kvs.append(kv)
         return padding.spread(self.norm(x)), kvs                                # (B, T, C)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, positions=slice(None)):
-        """Logits (B, T', V), float32 (of a float64 model float64). `positions` picks the T' columns
-        that are wanted, and only those pay for the head."""
-        x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
-        return at_least_float32(self.lm_head(x[:, positions]))
+    def head(self, hidden):
+        """Logits (..., V) of hidden states (..., C), float32 (of a float64 model float64)."""
+        return at_least_float32(self.lm_head(hidden))
 
-    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask,
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        """Logits (B, T, V) of the token after each."""
+        x, _ = self.hidden_states(input_ids, attention_mask, position_ids)
+        return self.head(x)
+
+    def completion_hidden(self, prompt_ids, prompt_mask, completion_ids, completion_mask,
                           prompt_index=None, read_last=False):
-        """Logits (B, T, V): [b, t] is the distribution from which token t of completion b was to be
-        drawn. What the result holds where completion_mask is False means nothing.
+        """Hidden states (B, T, C): [b, t] is what token t of completion b is predicted from. What
+        the result holds where completion_mask is False means nothing.
 
         prompt_ids, prompt_mask (P, Tp), padded on the left; completion_ids, completion_mask (B, T),
         padded on the right. prompt_index (B,) names the prompt that each completion answers; None:
@@ -318,7 +327,8 @@ class GPT(nn.Module):
             prompt_ids, prompt_mask = prompt_ids[prompt_index], prompt_mask[prompt_index]
             input_ids = torch.cat([prompt_ids, completion_ids[:, :read]], dim=1)
             attention_mask = torch.cat([prompt_mask, completion_mask[:, :read]], dim=1)
-            return self(input_ids, attention_mask, positions=slice(Tp - 1, None))
+            hidden, _ = self.hidden_states(input_ids, attention_mask)
+            return hidden[:, Tp - 1:]                                           # (B, T, C)
         # Several completions a prompt: read each prompt once, and let its completions look back at
         # its keys and values.
         prompt_hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
@@ -331,7 +341,47 @@ class GPT(nn.Module):
             completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask,
                                                       past=past)
             hidden = torch.cat([hidden, completion_hidden], dim=1)              # (B, T, C)
-        return at_least_float32(self.lm_head(hidden))
+        return hidden
+
+    def completion_logits(self, *completions, read_last=False):
+        """Logits (B, T, V): [b, t] is the distribution from which token t of completion b was to be
+        drawn. The arguments are those of completion_hidden. Of a critic or a reward model: one
+        number for each token, (B, T, 1), or with read_last (B, T + 1, 1)."""
+        return self.head(self.completion_hidden(*completions, read_last=read_last))
+
+    def completion_scores(self, f, prompt_ids, prompt_mask, completion_ids, completion_mask,
+                          prompt_index=None, more=()):
+        """f of the logits that predict each completion token: a tensor (B, T), or several, without
+        the logits of all tokens (B, T, V) at a time.
+
+        f(logits (B, t, V), ids (B, t), *more) -> (B, t), or a tuple of such. It gets t columns of
+        the completions at a time, and what it returns is joined. more: tensors (B, T, ...), of
+        which f gets the same columns. The other arguments are those of completion_hidden.
+
+        At V = 150,000 the logits of 4,096 tokens take 2.4 GB, their log-probabilities as much, and
+        so do the gradients of both. So no chunk has more than CHUNK logits, and none are kept for
+        the backward pass: it computes them again, chunk by chunk (Chen et al. 2016, 1604.06174).
+        That is a second pass through the head. Whatever fits in one chunk is read once and kept.
+        """
+        hidden = self.completion_hidden(prompt_ids, prompt_mask, completion_ids, completion_mask,
+                                        prompt_index)                           # (B, T, C)
+        B, T, _ = hidden.shape
+        width = max(1, CHUNK // max(1, B * self.config.vocab_size))             # columns of a chunk
+
+        def chunk(hidden, *columns):
+            return f(self.head(hidden), *columns)
+        if T <= width:
+            return chunk(hidden, completion_ids, *more)
+        found = []
+        for columns in zip(*(x.split(width, dim=1) for x in (hidden, completion_ids, *more))):
+            if torch.is_grad_enabled():
+                found.append(checkpoint(chunk, *columns, use_reentrant=False,
+                                        preserve_rng_state=False))   # nothing here is random
+            else:
+                found.append(chunk(*columns))
+        if torch.is_tensor(found[0]):
+            return torch.cat(found, dim=1)                                      # (B, T)
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -368,7 +418,7 @@ class GPT(nn.Module):
         attention_mask = attention_mask.repeat_interleave(num_generations, 0)
         next_position = prompt_mask.sum(-1, keepdim=True)                       # (P, 1)
         next_position = next_position.repeat_interleave(num_generations, 0)     # (B, 1)
-        logits = at_least_float32(self.lm_head(hidden[:, -1]))                  # (P, V)
+        logits = self.head(hidden[:, -1])                                       # (P, V)
         logits = logits.repeat_interleave(num_generations, 0)                   # (B, V)
         logprobs = logits.new_zeros(B, max_new_tokens)
 
@@ -391,7 +441,7 @@ class GPT(nn.Module):
                 running = running[running]
             hidden, _ = self.hidden_states(token[:, None], attention_mask[:, :Tp + t + 1],
                                            next_position, cache, Tp + t)
-            logits = at_least_float32(self.lm_head(hidden[:, -1]))              # (b, V)
+            logits = self.head(hidden[:, -1])                                   # (b, V)
             next_position = next_position + 1
         T = int(length.max())
         completion_mask = torch.arange(T, device=device) < length[:, None]

@@ -92,6 +92,21 @@ class PPOConfig(Sampling):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), at the sampling
+    temperature, from logits (B, t, V) and ids (B, t): a few columns of the batch (see
+    model.completion_scores).
+
+    Worked example: logits log [.8, .2] and the token 1 give log .2 and log [.8, .2]; at the
+    temperature .5, which squares the odds, log 1/17 and log [16/17, 1/17].
+    """
+    if temperature != 1:
+        logits = logits / temperature
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def token_rewards(scores, logprobs, ref_logprobs, completion_mask, kl_coef):
     """The reward of each token: the KL's price on every one, the score on the last real one.
 
@@ -255,27 +270,25 @@ class PPO(nn.Module):
         return self.critic.completion_logits(*data.inputs(batch), read_last=True).squeeze(-1)
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the sampled tokens (B, T), and of every token (B, T, V), at the
-        sampling temperature."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        if self.config.temperature != 1:
-            logits = logits / self.config.temperature
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """Log-probabilities of the sampled tokens, and the entropy where each was drawn; both (B,
+        T), at the sampling temperature."""
+        def f(logits, ids):                                                     # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids, self.config.temperature)
+            with torch.no_grad():
+                entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+            return logprobs, entropy                                            # (B, t), (B, t)
+        return model.completion_scores(f, *data.inputs(batch))
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
         config, mask = self.config, batch["completion_mask"]                    # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
+        logprobs, entropy = self.logprobs(self.model, batch)
         values = self.values(batch)[:, :-1]                                     # (B, T)
         policy_losses, ratio, clipped = policy_loss(logprobs, batch["old_logprobs"],
                                                     batch["advantages"], config.epsilon)
         value_losses = value_loss(values, batch["old_values"], batch["returns"],
                                   config.epsilon_value)
         losses = policy_losses + config.vf_coef * value_losses                  # (B, T)
-        with torch.no_grad():
-            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)              # (B, T)
         log.mean("loss/policy", policy_losses, mask)
         log.mean("loss/value", value_losses, mask)
         log.mean("values", values, mask)

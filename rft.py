@@ -103,6 +103,17 @@ def awr_weights(rewards, awr_beta, largest=20.0):
     return ((rewards - rewards.mean(1, keepdim=True)) / awr_beta).exp().clamp(max=largest)
 
 
+def token_logprobs(logits, ids):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), from logits
+    (B, t, V) and ids (B, t): a few columns of the batch (see model.completion_scores).
+
+    Worked example: logits log [.5, .3, .2] and the token 1 give log .3 and log [.5, .3, .2].
+    """
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def token_losses(logprobs):
     """The negative log-likelihood of each token. (B, T) -> (B, T)"""
     return -logprobs
@@ -170,21 +181,21 @@ class RFT(nn.Module):
         return [data.take_rows(batch, rows)] if len(rows) else []
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the completions' tokens (B, T), and of every token (B, T, V)."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """Log-probabilities of the completions' tokens, and which are likeliest; both (B, T)."""
+        def f(logits, ids):                                                     # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids)
+            return logprobs, all_logprobs.argmax(-1) == ids                     # (B, t), (B, t)
+        return model.completion_scores(f, *data.inputs(batch))
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
         mask = batch["completion_mask"]                                         # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
+        logprobs, likeliest = self.logprobs(self.model, batch)
         losses = token_losses(logprobs)                                         # (B, T)
         if self.config.weighting == "dft":
             losses = losses * logprobs.detach().exp()                           # sg(pi): see dft.py
         log.mean("nll", -logprobs, mask)
-        log.mean("mean_token_accuracy", all_logprobs.argmax(-1) == batch["completion_ids"], mask)
+        log.mean("mean_token_accuracy", likeliest, mask)
         return (losses * batch["weights"]).sum()
 
 

@@ -39,6 +39,17 @@ class SFTConfig(Demonstrations):
 # -- pure functions -------------------------------------------------------------------------------
 
 
+def token_logprobs(logits, ids):
+    """Log-probabilities of the tokens at hand (B, t), and of every token (B, t, V), from logits
+    (B, t, V) and ids (B, t): a few columns of the batch (see model.completion_scores).
+
+    Worked example: logits log [.5, .3, .2] and the token 1 give log .3 and log [.5, .3, .2].
+    """
+    all_logprobs = torch.log_softmax(logits, dim=-1)                            # (B, t, V)
+    ids = ids.unsqueeze(-1)                                                     # (B, t, 1)
+    return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+
+
 def token_losses(logprobs):
     """The negative log-likelihood of each token. (B, T) -> (B, T)"""
     return -logprobs
@@ -84,19 +95,19 @@ class SFT(nn.Module):
         return [{**batch, "weights": weights}]
 
     def logprobs(self, model, batch):
-        """Log-probabilities of the completions' tokens (B, T), and of every token (B, T, V)."""
-        logits = model.completion_logits(*data.inputs(batch))                   # (B, T, V)
-        all_logprobs = torch.log_softmax(logits, dim=-1)                        # (B, T, V)
-        ids = batch["completion_ids"].unsqueeze(-1)                             # (B, T, 1)
-        return all_logprobs.gather(-1, ids).squeeze(-1), all_logprobs
+        """Log-probabilities of the completions' tokens, and which are likeliest; both (B, T)."""
+        def f(logits, ids):                                                     # a few columns
+            logprobs, all_logprobs = token_logprobs(logits, ids)
+            return logprobs, all_logprobs.argmax(-1) == ids                     # (B, t), (B, t)
+        return model.completion_scores(f, *data.inputs(batch))
 
     def loss(self, batch, log):
         """The loss at the head of this file, summed over the rows at hand."""
         mask = batch["completion_mask"]                                         # (B, T)
-        logprobs, all_logprobs = self.logprobs(self.model, batch)
+        logprobs, likeliest = self.logprobs(self.model, batch)
         losses = token_losses(logprobs)                                         # (B, T)
         log.mean("nll", -logprobs, mask)
-        log.mean("mean_token_accuracy", all_logprobs.argmax(-1) == batch["completion_ids"], mask)
+        log.mean("mean_token_accuracy", likeliest, mask)
         return (losses * batch["weights"]).sum()
 
 

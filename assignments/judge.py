@@ -323,7 +323,7 @@ class Call(torch.autograd.Function):
 
 
 def place(name):
-    """`sft.SFT.logprobs` -> what holds it, and its name there."""
+    """`sft.token_logprobs` -> what holds it, and its name there."""
     file, *path, last = name.split(".")
     holder = importlib.import_module(file)
     for part in path:

@@ -60,15 +60,14 @@ def requirements(text):
 ASSIGNMENTS = (
     Assignment(
         1, "Masks and SFT",
-        bodies=("sft.token_losses", "sft.token_weights", "sft.SFT.logprobs", "data.collate"),
+        bodies=("sft.token_losses", "sft.token_weights", "sft.token_logprobs", "data.collate"),
         # Every algorithm file spells out its gather and its mean over tokens.
         also=("dft.token_weights", "ppo.token_weights", "grpo.token_weights", "rft.token_weights",
               "hybrid.token_weights", "distill.token_weights", "rft.token_losses",
-              "hybrid.imitation_loss", "dft.DFT.logprobs", "rft.RFT.logprobs", "ppo.PPO.logprobs",
-              "grpo.GRPO.logprobs", "hybrid.Hybrid.logprobs", "distill.Distill.logprobs",
-              "dpo.DPO.logps"),
-        # The first is in harness/evaluate.py, without which nothing runs; the other says nothing.
-        known=('ids = batch["completion_ids"].unsqueeze(-1)', "for e in examples]"),
+              "hybrid.imitation_loss", "dft.token_logprobs", "rft.token_logprobs",
+              "dpo.token_logprobs", "ppo.token_logprobs", "grpo.token_logprobs",
+              "hybrid.token_logprobs", "distill.token_logprobs"),
+        known=("for e in examples]",),   # it says nothing
         requirements=requirements("""
         identities/test_policy_gradient.py
            5 token_losses      test_gradient_of_cross_entropy_is_softmax_minus_onehot
@@ -82,16 +81,16 @@ ASSIGNMENTS = (
            5 collate           test_collate_pads_prompts_on_the_left_and_completions_on_the_right
           10 collate           test_a_real_token_may_equal_the_pad_id
         algorithms/test_sft.py
-          10 logprobs          test_sft_loss_is_the_token_mean_of_the_completions_and_their_ends
-           5 logprobs          test_sft_trains_end_but_nothing_after_it
-          10 logprobs          test_sft_is_invariant_to_micro_batches_padding_and_order
+          10 token_logprobs    test_sft_loss_is_the_token_mean_of_the_completions_and_their_ends
+           5 token_logprobs    test_sft_trains_end_but_nothing_after_it
+          10 token_logprobs    test_sft_is_invariant_to_micro_batches_padding_and_order
         """),
         hidden=requirements("""
         test_1.py
            3 token_losses      test_losses_elsewhere
            5 token_weights     test_weights_elsewhere
            6 collate           test_batches_elsewhere
-           6 logprobs          test_logprobs_elsewhere
+           6 token_logprobs    test_logprobs_elsewhere
         """)),
     Assignment(
         2, "The transformer and sampling",
@@ -169,13 +168,10 @@ ASSIGNMENTS = (
         """)),
     Assignment(
         4, "Preferences",
-        bodies=("dpo.preference_loss", "dpo.implicit_rewards", "dpo.kto_loss", "dpo.DPO.logps",
+        bodies=("dpo.preference_loss", "dpo.implicit_rewards", "dpo.kto_loss", "dpo.answer_logps",
                 "data.choose_pairs"),
         also=("rm.reward_loss",),
-        # The gather is that of assignment 1.
-        known=("all_logprobs = torch.log_softmax(logits, dim=-1)",
-               "logits = model.completion_logits(*data.inputs(batch))",
-               'ids = batch["completion_ids"].unsqueeze(-1)'),
+        known=(),
         requirements=requirements("""
         identities/test_preferences_by_hand.py
                5 preference_loss   test_preference_loss_worked_example
@@ -199,7 +195,7 @@ ASSIGNMENTS = (
                4 kto_loss          test_kto_loss_worked_by_hand
                4 kto_loss          test_kto_gradient_closed_form
         algorithms/test_dpo.py
-               6 logps             test_logps_sum_the_tokens_of_the_answer_and_its_end
+               6 answer_logps      test_logps_sum_the_tokens_of_the_answer_and_its_end
         identities/test_choose_pairs.py
                6 choose_pairs      test_choose_pairs_worked_example
         """),
@@ -208,7 +204,7 @@ ASSIGNMENTS = (
                8 preference_loss   test_losses_elsewhere
                3 implicit_rewards  test_implicit_rewards_elsewhere
                3 kto_loss          test_kto_elsewhere
-               3 logps             test_logps_elsewhere
+               3 answer_logps      test_logps_elsewhere
                3 choose_pairs      test_pairs_elsewhere
         """)),
     Assignment(

@@ -211,7 +211,7 @@ def main(folder, fd, *names):
     os.chdir(folder)
     torch.set_num_threads(1)
     functions = {}
-    for name in names:   # `sft.SFT.logprobs`
+    for name in names:   # `sft.token_logprobs`
         file, *path = name.split(".")
         found = __import__(file)
         for part in path:

@@ -124,9 +124,13 @@ def answers(model, tokenizer, task, problems, config, num_generations=1, tempera
 
 def answer_kl(model, ref_model, batch):
     """KL(model || ref_model) along each answer of a batch (B,)."""
-    logp, logq = (m.completion_logits(*data.inputs(batch)).log_softmax(-1)
-                  for m in (model, ref_model))                                 # (B, T, V)
-    return ((logp.exp() * (logp - logq)).sum(-1) * batch["completion_mask"]).sum(-1)
+    def f(logits, ids, ref_hidden):                                            # a few columns
+        logp, logq = (z.log_softmax(-1) for z in (logits, ref_model.head(ref_hidden)))
+        return (logp.exp() * (logp - logq)).sum(-1)                            # (B, t)
+
+    ref_hidden = ref_model.completion_hidden(*data.inputs(batch))              # (B, T, C)
+    kl = model.completion_scores(f, *data.inputs(batch), more=[ref_hidden])    # (B, T)
+    return (kl * batch["completion_mask"]).sum(-1)
 
 
 def held_out_loss(model, tokenizer, rows, config):
@@ -141,9 +145,9 @@ def held_out_loss(model, tokenizer, rows, config):
     total = count = 0
     whole = data.collate(examples, tokenizer, config.device)
     for batch in in_parts(whole, model, config):
-        logprobs = model.completion_logits(*data.inputs(batch)).log_softmax(-1)
-        ids = batch["completion_ids"].unsqueeze(-1)                            # (B, T, 1)
-        logprobs = logprobs.gather(-1, ids).squeeze(-1)                        # (B, T)
+        logprobs = model.completion_scores(
+            lambda logits, ids: logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1),
+            *data.inputs(batch))                                               # (B, T)
         total -= (logprobs * batch["completion_mask"]).sum().item()
         count += batch["completion_mask"].sum().item()
     return {"eval/loss": total / count}

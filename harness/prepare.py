@@ -267,5 +267,5 @@ def build(config, algorithms):
     task = make_task(config, model.config.block_size, judge)
     algo = algorithms[config.algo](config, model.to(config.device), tokenizer, task)
     if config.compile:
-        algo.model.completion_logits = torch.compile(algo.model.completion_logits, dynamic=True)
+        algo.model.completion_hidden = torch.compile(algo.model.completion_hidden, dynamic=True)
     return algo, saved, pretrain_seconds

@@ -90,7 +90,7 @@ def main():
                 task)
     grpo.rewards.functions = {"parity": parity}
     if args.compile:
-        model.completion_logits = torch.compile(model.completion_logits, dynamic=True)
+        model.completion_hidden = torch.compile(model.completion_hidden, dynamic=True)
     print(f"{args.layers} layers x {args.width}: {model.num_parameters():,} parameters")
 
     def report(name, seconds, tokens, flops):

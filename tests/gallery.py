@@ -24,8 +24,8 @@ class Bug(NamedTuple):
 BUGS = [
     Bug("model.py", "logits and tokens are off by one: a token is scored by the distribution of "
         "the one before it",
-        "return self(input_ids, attention_mask, positions=slice(Tp - 1, None))",
-        "return self(input_ids, attention_mask, positions=slice(Tp - 2, -1))",
+        "return hidden[:, Tp - 1:] ",
+        "return hidden[:, Tp - 2:-1] ",
         "algorithms/test_attention.py::"
         "test_a_single_completion_token_is_predicted_at_the_end_of_the_prompt",
         "wyf3/llm_related#33, lucidrains/PaLM-rlhf-pytorch#31"),

@@ -16,7 +16,7 @@ import torch
 
 import data
 import tasks
-from model import GPTConfig, Samples
+from model import GPT, GPTConfig, Samples
 
 PROMPTS = {"train": ["a", "bb"], "test": ["p", "qq", "rrr", "ssss", "never asked"],
            "ood": ["x", "xx", "y", "yy"], "skill": ["u", "v", "w"], "other": ["uu"]}
@@ -91,6 +91,7 @@ class Policy:
     answers of DRAWS."""
     device, dtype = torch.device("cpu"), torch.float32
     config = GPTConfig()
+    completion_scores = GPT.completion_scores
 
     def __init__(self, name, draws=DRAWS):
         self.name, self.draws, self.calls, self.rows = name, draws, [], []
@@ -112,7 +113,10 @@ class Policy:
         tokens = Tokens().encode(text) + [2]
         return -sum(self.logprobs(prompt, text[:t])[token] for t, token in enumerate(tokens))
 
-    def completion_logits(self, prompt_ids, prompt_mask, completion_ids, completion_mask,
+    def head(self, hidden):
+        return hidden
+
+    def completion_hidden(self, prompt_ids, prompt_mask, completion_ids, completion_mask,
                           prompt_index):
         assert not torch.is_grad_enabled()
         self.rows.append(len(completion_ids))

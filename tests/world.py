@@ -8,10 +8,12 @@ weighted by their probabilities, and autograd differentiates the closed form.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 
 import grpo
+from model import GPT
 
 END, LENGTH = 2, 3
 
@@ -93,8 +95,11 @@ def tabular(logits):
     """A model whose logits are read from a table: what takes the place of a prompt is the three
     states of a sequence. An algorithm can be built on it; the table is not among its weights."""
     model = torch.nn.Module()
-    model.completion_logits = lambda states, mask, ids, completion_mask, index: \
+    model.config = SimpleNamespace(vocab_size=3)
+    model.completion_hidden = lambda states, mask, ids, completion_mask, index: \
         logits[states[index]][:, :ids.shape[1]]
+    model.head = lambda hidden: hidden
+    model.completion_scores = GPT.completion_scores.__get__(model)
     model.device, model.dtype = torch.device("cpu"), logits.dtype
     model.configure_optimizer = lambda config, *others: None
     return model

@@ -79,7 +79,7 @@ def test_logprobs_elsewhere():
              "completion_ids": torch.tensor([c + [17] * (T - len(c)) for _, c in rows]),
              "completion_mask": torch.tensor([[t < len(c) for t in range(T)] for _, c in rows]),
              "prompt_index": torch.arange(3)}
-    found, everything = algo.logprobs(algo.model, batch)
+    found, everything = sft.token_logprobs(read(algo.model, batch), batch["completion_ids"])
     by_hand = read(algo.model, batch).log_softmax(-1)
     assert same(everything, by_hand) and found.shape == (3, T)
     for i, (_, completion) in enumerate(rows):

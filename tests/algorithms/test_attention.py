@@ -98,14 +98,6 @@ def test_a_single_completion_token_is_predicted_at_the_end_of_the_prompt():
         torch.testing.assert_close(logits[:, 0], expected, **CLOSE)
 
 
-def test_forward_positions_is_a_slice_of_all_logits():
-    """Asking for some columns gives those columns of the whole."""
-    model, (ids, mask) = make_model(), pad(PROMPTS, "left")
-    for columns in (slice(-1, None), slice(2, 5), slice(None)):
-        some = model(ids, mask, positions=columns)
-        torch.testing.assert_close(some, model(ids, mask)[:, columns], **CLOSE)
-
-
 # -- no leaks -------------------------------------------------------------------------------------
 
 

@@ -75,8 +75,7 @@ def test_a_judge_that_can_be_read_off():
     algo = make_judge()
     p = torch.full((18,), 1 / 64)
     p[6], p[16] = 1 / 2, 1 / 4
-    algo.sampler.completion_logits = lambda prompt_ids, prompt_mask, ids, mask, index: \
-        p.log().expand(*ids.shape, 18)
+    algo.sampler.head = lambda hidden: p.log().expand(*hidden.shape[:2], 18)
     found = algo.confidence([PROMPT] * 4, ["6", "7+5=2;2*3=6", "66", "7+5="])
     assert found == pytest.approx([math.log(1 / 8)] * 2 + [math.log(1 / 16), math.log(1 / 4)])
 

@@ -143,14 +143,14 @@ def test_dft_trains_end_and_nothing_after_or_before(learned, loss_type):
     lengths = [len(e["completion"]) + 1 for e in DEMONSTRATIONS]
     real = torch.tensor([[t < n for t in range(max(lengths))] for n in lengths])
     assert same(minibatch["weights"], real / sum(lengths), 1e-7)
-    original, seen = algo.model.completion_logits, []
+    original, seen = algo.model.head, []
 
-    def completion_logits(*args):
-        seen.append(original(*args))
+    def head(hidden):
+        seen.append(original(hidden))
         seen[-1].retain_grad()
         return seen[-1]
 
-    algo.model.completion_logits = completion_logits
+    algo.model.head = head
     loss_and_gradient(algo, minibatch)
     assert torch.equal(seen[0].grad.abs().sum(-1) > 0, real)
     ends = minibatch["completion_ids"][torch.arange(5), torch.tensor(lengths) - 1]

@@ -74,11 +74,14 @@ def test_the_temperature_is_the_policys():
     assert batch["demonstrated"].any(-1).tolist() == [False] * 16 + [True] * 2
     logits, ids = read(algo.model, batch), batch["completion_ids"][..., None]
     own, demo = ((logits / t).log_softmax(-1).gather(-1, ids)[..., 0] for t in (0.5, 1))
-    found, every = algo.logprobs(algo.model, batch)
+    found, entropy = algo.logprobs(algo.model, batch)
     mask = batch["completion_mask"]
     assert same(found[:16][mask[:16]], own[:16][mask[:16]], 1e-5)
     assert same(found[16:][mask[16:]], demo[16:][mask[16:]], 1e-5)
-    assert same(every.exp().sum(-1)[mask], 1.0, 1e-5) and not same(own, demo, 0.1)
+    for rows, t in ((slice(16), 0.5), (slice(16, None), 1)):
+        p = torch.distributions.Categorical(logits=logits[rows] / t)
+        assert same(entropy[rows][mask[rows]], p.entropy()[mask[rows]], 1e-5)
+    assert not same(own, demo, 0.1)
 
 
 # -- samples and demonstrations -------------------------------------------------------------------

@@ -48,14 +48,14 @@ def test_sft_trains_end_but_nothing_after_it():
     """The loss has a gradient in the logits of every completion token, <end> included, and none on
     padding. A model whose <end> is left out never learns to stop."""
     algo = make_sft()
-    original, seen = algo.model.completion_logits, []
+    original, seen = algo.model.head, []
 
-    def completion_logits(*args):
-        seen.append(original(*args))
+    def head(hidden):
+        seen.append(original(hidden))
         seen[-1].retain_grad()
         return seen[-1]
 
-    algo.model.completion_logits = completion_logits
+    algo.model.head = head
     [minibatch] = minibatches(algo, DEMONSTRATIONS)
     loss_and_gradient(algo, minibatch)
     trained = seen[0].grad.abs().sum(-1) > 0                                    # (B, T)
