@@ -34,16 +34,20 @@ def gradient_weights(algo, minibatch):
     finally:
         hook.remove()
         algo.zero_grad()
+    # The trained logits, which may have come in chunks (model.completion_scores); what the backward
+    # pass has read again has no gradient of its own.
+    seen = [logits for logits in seen if logits.grad is not None]
+    gradient = torch.cat([logits.grad for logits in seen], dim=1)              # (B, T, V)
     ids = minibatch["completion_ids"].unsqueeze(-1)                            # (B, T, 1)
     # With advantages or a teacher, answers are scored at the temperature of their sampling, but for
     # the tokens that a demonstrator wrote.
-    logits = seen[0].detach().float()                                          # (B, T, V)
+    logits = torch.cat([logits.detach() for logits in seen], dim=1).float()    # (B, T, V)
     if "advantages" in minibatch or hasattr(algo, "teacher"):
         demonstrated = minibatch.get("demonstrated", torch.tensor([[False]]))[..., None]
         logits = torch.where(demonstrated.to(logits.device), logits,
                              logits / algo.config.temperature)
     logprobs = logits.log_softmax(-1)                                          # (B, T, V)
-    return -seen[0].grad.gather(-1, ids).squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
+    return -gradient.gather(-1, ids).squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
 
 
 def first_minibatch(algo, batch):
