@@ -29,6 +29,12 @@ BUGS = [
         "algorithms/test_attention.py::"
         "test_a_single_completion_token_is_predicted_at_the_end_of_the_prompt",
         "wyf3/llm_related#33, lucidrains/PaLM-rlhf-pytorch#31"),
+    Bug("model.py", "the logits are read in chunks, and the graph keeps each until the backward "
+        "pass: no memory is saved",
+        "            if torch.is_grad_enabled():\n",
+        "            if False:\n",
+        "algorithms/test_chunks.py::test_the_logits_of_a_batch_never_exist_at_a_time[sft]",
+        "NVIDIA-NeMo/RL#4222, NVIDIA-NeMo/labs-molt#121"),
     Bug("model.py", "padding is attended to: an answer depends on the others in its batch",
         "return causal & attention_mask.bool()[:, None, None, :] | itself ",
         "return (causal | itself)[None, None] ",
