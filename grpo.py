@@ -434,7 +434,10 @@ class GRPO(nn.Module):
     def score(self, model, batch):
         """Log-probabilities (B, T) without gradient, in the micro-batches that training will
         use."""
-        return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
+        def f(logits, ids):                                                     # a few columns
+            return token_logprobs(logits, ids, self.config.temperature)[0]
+        return data.in_micro_batches(lambda b: model.completion_scores(f, *data.inputs(b)), batch,
+                                     self.config)
 
     def logprobs(self, model, batch):
         """Log-probabilities of the sampled tokens, and the entropy where each was drawn; both (B,
