@@ -5,7 +5,7 @@ What memory holds when a model is trained, part by part, and what to do when it 
 import torch
 
 from harness.errors import InputError
-from model import GPT
+from model import CHUNK, GPT
 
 
 def parts(shape, rows, prompt, completion, sampled, bytes_per_number=2, reference=True):
@@ -18,9 +18,10 @@ def parts(shape, rows, prompt, completion, sampled, bytes_per_number=2, referenc
     pass needs of each layer: for each token about 5 n_embd in float32 (the norms; with qk_norm two
     sets of heads more) and, in the precision of the products, 2 n_embd, 4 n_hidden and the heads;
     and the mask of each row. Of logits there are three tensors at the peak: the log-probabilities,
-    their gradient and that of the logits. `cache` holds the keys and values of what is being
-    written (for a moment up to twice as much, when finished rows leave it). What is sampled and
-    what is trained on are not there at the same time.
+    their gradient and that of the logits; or, where they are read in chunks
+    (model.completion_scores), these and the logits of one chunk. `cache` holds the keys and values
+    of what is being written (for a moment up to twice as much, when finished rows leave it). What
+    is sampled and what is trained on are not there at the same time.
     """
     with torch.device("meta"):
         N = GPT(shape).num_parameters()
@@ -32,7 +33,8 @@ def parts(shape, rows, prompt, completion, sampled, bytes_per_number=2, referenc
     activations = shape.n_layer * rows * (T * token + T * T * b)
     found = {"weights": 4 * N, "reference": 4 * N * reference, "gradients": 4 * N,
              "optimizer": 8 * N, "bfloat16 copy": 2 * N * (b == 2),
-             "activations": activations, "logits": 3 * 4 * rows * completion * V,
+             "activations": activations,
+             "logits": 4 * min(3 * rows * completion * V, 4 * CHUNK),
              "cache": 2 * b * shape.n_layer * kv * sampled * T}
     found["peak"] = sum(found.values()) - min(found["cache"],
                                               found["activations"] + found["logits"])

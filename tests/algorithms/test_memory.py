@@ -61,6 +61,8 @@ def test_parts_by_hand():
     assert (found["weights"], found["reference"], found["gradients"]) == (4 * N, 4 * N, 4 * N)
     assert (found["optimizer"], found["bfloat16 copy"]) == (8 * N, 2 * N)
     assert found["logits"] == 3 * 4 * 4 * 60 * 300
+    large = memory.parts(GPTConfig(**dict(SHAPE, vocab_size=150000)), 8, 100, 512, 32)
+    assert large["logits"] == 4 * 4 * 2 ** 26   # and not 7 GB
     assert found["cache"] == 2 * 2 * 4 * 2 * 32 * 32 * 160
     assert found["peak"] == 22 * N + max(found["cache"], found["activations"] + found["logits"])
     alone = memory.parts(config, 4, 100, 60, 32, bytes_per_number=4, reference=False)
