@@ -32,9 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from harness.errors import InputError
 from harness.flags import check_bounds, flag
 
-# How many logits are held at a time: in float32 a quarter of a GB, and log_softmax, entropy and
-# their gradients take about three times as much beside it. With fewer, a large vocabulary is read
-# in so many chunks that adding up the head's gradient, (V, C) for each, takes longer than the rest.
+# How many logits there are at a time: in float32 a quarter of a GB, and log_softmax, entropy and
+# their gradients take about three times as much beside them. Smaller chunks save little, and adding
+# up the head's gradient, (V, C) for each chunk, takes more and more time.
 CHUNK = 2 ** 26
 
 
