@@ -39,13 +39,15 @@ def identity(config):
 
 def default_folder(config):
     """out/<task>-<algo>-<seed>. A base or reward model whose settings are not the default ones gets
-    a suffix, so that several can stand side by side."""
+    a suffix made of those, so that several can stand side by side."""
     folder = f"out/{task_name(config)}-{config.algo}-{config.seed}"
     if config.algo not in SHARED:
         return folder
     default = type(config)(task=config.task, base_seed=config.base_seed)
-    mine, usual = identity(config), identity(default)
-    if mine == usual:
+    usual, unset = identity(default), object()
+    mine = {name: value for name, value in identity(config).items()
+            if usual.get(name, unset) != value}
+    if not mine:
         return folder
     return f"{folder}-{hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]}"
 

@@ -180,3 +180,16 @@ def test_the_default_folder():
     assert folder("--seed 3") == "out/chain-grpo-3"
     assert folder("--algo rft --task countdown") == "out/countdown-rft-0"
     assert folder("--algo sft --data my/sums.jsonl") == "out/sums-sft-0"
+
+
+def test_a_new_flag_renames_no_base_model(monkeypatch):
+    """The suffix of a base model's folder is made of what is not at its default, so one that was
+    made before a flag was there is found again."""
+    def folder(*words):
+        config = train.flags.parse(["--algo", "pretrain", *words], train.ALGORITHMS, GPTConfig)
+        return prepare.default_folder(config)
+    asked = [(), ("--worked_share", "0.06"), ("--n_embd", "32"), ("--worked_share", "0.05")]
+    before, identity = [folder(*words) for words in asked], prepare.identity
+    assert len(set(before)) == 4 and before[0] == "out/chain-pretrain-0"
+    monkeypatch.setattr(prepare, "identity", lambda config: {**identity(config), "new": 0.5})
+    assert [folder(*words) for words in asked] == before
