@@ -30,7 +30,8 @@ class Run:
     def __init__(self, algo, again, saved=None, pretrain_seconds=0.0):
         """again: the command that goes on after an interruption. saved: a checkpoint to resume."""
         self.algo, self.config, self.log, self.again = algo, algo.config, Log(), again
-        self.step, self.saved_at, self.interrupted, self.over = 0, None, False, False
+        self.step, self.saved_at, self.over = 0, None, False
+        self.asked, self.interrupted = False, False   # Ctrl-C here; and what all ranks agree on
         self.log.totals = {"updates": 0, "sampled_tokens": 0, "trained_tokens": 0, "seconds": 0.0,
                            "sampling_seconds": 0.0, "updating_seconds": 0.0, "eval_seconds": 0.0,
                            "pretrain_seconds": pretrain_seconds}   # of the base model
@@ -80,7 +81,7 @@ class Run:
         """Count the step, then evaluate, print and save what is due."""
         config, log = self.config, self.log
         log.totals["seconds"] = time.time() - self.started
-        self.interrupted, late = ranks.either(self.interrupted, self.out_of_time())
+        self.interrupted, late = ranks.either(self.asked, self.out_of_time())
         last = self.step + 1 == config.max_steps or late
         self.over = last or self.interrupted
         save_due = (self.step + 1) % config.save_steps == 0 or self.over
@@ -127,9 +128,9 @@ class Run:
         self.console.close()
 
     def on_interrupt(self, *signal_and_frame):
-        if self.interrupted:
+        if self.asked:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.asked = True
         print("\nstopping after this step (Ctrl-C again: at once, losing what was not saved)",
               flush=True)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import two_ranks
-from conftest import ROOT, TASK, train
+from conftest import ROOT, TASK, run, train
 from harness import ranks
 from harness.log import Log
 
@@ -195,6 +195,22 @@ def test_ctrl_c_ends_all_ranks_at_the_same_step(run_two, tmp_path):
     assert "go on with: python train.py" in said
     steps = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"]
     assert f"at step {steps} of 10000" in said
+
+
+def test_ctrl_c_during_the_exchange_is_not_lost(tiny_base, tmp_path, monkeypatch, capsys):
+    """A signal that comes while the ranks ask each other ends the run after the next step."""
+    either, steps = ranks.either, []
+
+    def interrupted_either(*flags):
+        steps.append(None)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return either(*flags)
+    monkeypatch.setattr(ranks, "either", interrupted_either)
+    monkeypatch.chdir(tmp_path)
+    assert run("--algo", "sft", "--init_from", tiny_base, *TASK, *LOOP, "--max_steps", 50,
+               "--out_dir", "run") == 130
+    assert "at step 3 of 50" in capsys.readouterr().out
 
 
 def test_a_mistake_in_the_flags_is_said_first_by_rank_0(run_two):
