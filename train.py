@@ -155,7 +155,7 @@ def main(argv, algo=None):
 
 
 def start(algo=None):
-    sys.exit(one_line(lambda: main(sys.argv[1:], algo)))
+    ranks.leave(one_line(lambda: main(sys.argv[1:], algo)))
 
 
 if __name__ == "__main__":

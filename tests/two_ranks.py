@@ -88,7 +88,9 @@ def main(path):
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in VARIANTS)
         if ranks.RANK == 0:
             torch.save(found, path)
+        ranks.wait()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    ranks.leave(0)
