@@ -1,9 +1,9 @@
 """
 How silent are the bugs of the gallery? Each is planted alone, its file's algorithm is run by the
-default command for 20 steps, and the figures are compared with those of the right code at the same
+default command for 60 steps, and the figures are compared with those of the right code at the same
 seed.
 
-    python -m assignments.silence        about ten minutes of one core; Ctrl-C, and it goes on
+    python -m assignments.silence        about twenty minutes of one core; Ctrl-C, and it goes on
 
 One seed is enough here: on one thread a run is the same bit for bit, so whatever differs is the
 bug's doing. (How large the difference is on another seed it does not say.) For the same reason a
@@ -26,7 +26,7 @@ from harness.errors import one_line
 
 OUT = pathlib.Path("out/silence")
 BASE = pathlib.Path("out/chain-pretrain-0")
-FLAGS = ("--max_steps", "20", "--eval_steps", "20", "--eval_problems", "128", "--init_from",
+FLAGS = ("--max_steps", "60", "--eval_steps", "60", "--eval_problems", "128", "--init_from",
          str(BASE))
 TEACHER = OUT / "teacher"   # for distillation: what the right code makes of GRPO
 # The default commands that run a file: one that is no algorithm's own is run by GRPO; the model and

@@ -87,4 +87,4 @@ def test_the_handout_has_the_table_that_was_measured():
     assert silence.with_table(path.read_text(), measured) == path.read_text()
     assert "<!-- silence.json -->" in path.read_text()
     assert list(measured["flags"]) == list(silence.FLAGS[:6])
-    assert f"shortened to {silence.FLAGS[1]} steps" in " ".join(path.read_text().split())
+    assert f"with {silence.FLAGS[1]} steps" in " ".join(path.read_text().split())
