@@ -20,10 +20,12 @@ from harness import bpe
 
 TEXT = """The quick brown fox jumps over the lazy dog, and then it's the dog's turn: 1234 times 5
 is 6170. def f(x):\n    return x * 2  # twice\n\nWhat are the answers?  They'll tell us; we're sure.
-Über naïve cafés 漢字 and 🙂 the the there then them these those answer answered\t\tanswers\r\n"""
+Über naïve cafés 漢字 and 🙂 the the there then them these those \
+answer answered\t\tanswers\r\n"""
 AWKWARD = ["", " ", "  \n\n  x", "don't DON'T we'Ll '\u017f", "12345 678,90 ²½Ⅷ٣",
-           "a\r\n\r\nb\t\tc   ", "naïve e\u0301 Å \u1e9b\u0323", "漢字かな交じり文 한국어",
-           "\U0001f469\u200d\U0001f467 🙂🙂", "\u3000\u2028x\ufeff", "x\x00y\x7f", "\n", " \n a",
+           "a\r\n\r\nb\t\tc   ", "naïve e\u0301 Å \u1e9b\u0323",
+           "漢字かな交じり文 한국어", "\U0001f469\u200d\U0001f467 🙂🙂",
+           "\u3000\u2028x\ufeff", "x\x00y\x7f", "\n", " \n a",
            "the answers   answered 2*3=6\n\n#### 6", "<|im_end|> <|eot_id|><s>", "_a__b-c...!?",
            "<think>\nhm\n</think>\n\nthe end", "é\u0301\u0301"]
 SPLIT = {"qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
