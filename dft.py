@@ -198,7 +198,7 @@ class DFT(nn.Module):
         return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
 
     def logprobs(self, model, batch):
-        """As in sft.py, and as a third asft's KL or gem's loss; all (B, T)."""
+        """Log-probabilities, which tokens are likeliest, asft's KL or gem's loss; all (B, T)."""
         asft = self.config.loss_type == "asft"
         more = [self.ref_model.completion_hidden(*data.inputs(batch))] if asft else []   # (B, T, C)
         def f(logits, ids, *ref_hidden):                                        # a few columns

@@ -437,7 +437,10 @@ class Hybrid(nn.Module):
 
     def score(self, model, batch):
         """Log-probabilities (B, T) without gradient, in the micro-batches of training."""
-        return data.in_micro_batches(lambda b: self.logprobs(model, b)[0], batch, self.config)
+        def f(logits, ids, demonstrated):                                       # a few columns
+            return token_logprobs(logits, ids, demonstrated, self.config.temperature)[0]
+        return data.in_micro_batches(lambda b: model.completion_scores(
+            f, *data.inputs(b), more=[b["demonstrated"]]), batch, self.config)
 
     def logprobs(self, model, batch):
         """Log-probabilities of the written tokens, and the entropy where each was drawn; both (B,
