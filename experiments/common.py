@@ -22,6 +22,8 @@ and, where it needs them,
     SHOWN                     the arms that the picture shows [all]
     choose                    {variant: its runs of the sweep} -> the variant that stands for the
                               arm [the highest mean accuracy]
+    judge                     (run of the sweep) -> what stands for it in the results, in place of
+                              its accuracy; the highest mean is chosen
 
 `{seed}` in an arm or in FIRST stands for the run's seed. There are two parts:
 
@@ -250,6 +252,10 @@ def run_arms(experiment, words, common, asked):
             chosen[arm] = getattr(experiment, "choose", report.chosen)(by_word[word])
             tried[arm] = {variant: figures_of(runs)["accuracy"]
                           for variant, runs in by_word[word].items()}
+            if hasattr(experiment, "judge"):
+                tried[arm] = {variant: [experiment.judge(run) for run in runs]
+                              for variant, runs in by_word[word].items()}
+                chosen[arm] = max(tried[arm], key=lambda variant: sum(tried[arm][variant]))
     # An arm may have chosen what another arm is.
     planned = plan(dict.fromkeys(chosen.values()), common, range(asked.seeds), bases)
     print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)

@@ -96,6 +96,20 @@ def test_another_choice(tiny_base, made_up):
         assert found["variant"] == min(means, key=means.get) != max(means, key=means.get)
 
 
+def test_another_judge(tiny_base, made_up):
+    """What `judge` says of each run of the sweep stands in the results, and its highest mean is
+    chosen: here the value of the lowest accuracy."""
+    assert common.main(experiment(tiny_base, judge=lambda run: -accuracy(run["folder"])),
+                       ["--seeds", "2"]) == 0
+    for arm in ("SFT", "DFT"):
+        found = read()["arms"][arm]
+        assert found["sweep"] == {
+            variant: [-accuracy(f"out/chain-{variant}-{seed}".replace(":", "-").replace("=", "-"))
+                      for seed in (100, 101)] for variant in found["sweep"]}
+        means = {variant: sum(values) for variant, values in found["sweep"].items()}
+        assert len(means) > 1 and found["variant"] == max(means, key=means.get)
+
+
 def test_an_arm_may_choose_what_another_is(tiny_base, made_up):
     """A fixed arm and a swept one that chose the same value share their runs and their figures."""
     arms = {"SFT": ARMS["SFT"], "DFT": "dft", "SFT at 1e-3": "sft:learning_rate=1e-3"}
