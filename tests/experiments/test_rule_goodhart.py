@@ -3,6 +3,7 @@ The rule of experiments/goodhart.py on made-up figures, the sign of each of its 
 measures by hand.
 """
 
+import json
 import math
 
 import common
@@ -19,9 +20,9 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     """Figures of all arms. Keywords small, middle, large: GRPO against that set, no anchor;
     weak and strong: the betas .1 and 1. proxy: one number, or one for each size."""
     names = {"small": SMALL, "middle": MIDDLE, "large": LARGE, "weak": "beta .1",
-             "strong": "beta 1"}
+             "strong": "beta 1", "slow": "rate 3e-4"}
     means = {"base": 0.48, "verifier": 0.98, "small": 0.1, "middle": 0.15, "large": 0.25,
-             "weak": 0.5, "strong": 0.65, **accuracy}
+             "weak": 0.5, "strong": 0.65, "slow": 0.55, **accuracy}
     proxies = proxy if isinstance(proxy, tuple) else (proxy,) * 3
     found = {}
     for arm, mean in means.items():
@@ -30,6 +31,7 @@ def figures(seeds=5, proxy=3.0, **accuracy):
                                       "best of 64": around(0.7)[:seeds]}
     for size, value in zip(goodhart.SIZES, proxies):
         found[size]["proxy"] = around(value)[:seeds]
+    found[goodhart.SLOWER]["proxy"] = around(2.5)[:seeds]
     return found
 
 
@@ -52,7 +54,7 @@ def figures(seeds=5, proxy=3.0, **accuracy):
     ({"small": 0.6, "middle": 0.7, "large": scattered(0.4)}, common.UNCLEAR),
     ({"small": scattered(0.3), "middle": scattered(0.3), "large": scattered(0.3)},
      common.UNCLEAR),
-    ({"verifier": 0.1}, common.HOLDS)])   # no part of the rule
+    ({"verifier": 0.1, "slow": 0.1}, common.HOLDS)])   # no part of the rule
 def test_the_rule(accuracy, expected):
     assert goodhart.verdict(figures(**accuracy))[0] == expected
 
@@ -65,7 +67,8 @@ def test_without_some_arms():
     """--quick leaves out a beta: what it would do is unclear."""
     found = {arm: f for arm, f in figures().items() if arm in ("base", *goodhart.QUICK_ARMS)}
     verdict, effects = goodhart.verdict(found)
-    assert verdict.endswith("; beta .1 helps unclearly") and "beta .1 - none" not in effects
+    assert verdict.endswith("; beta .1 helps unclearly")
+    assert not {"beta .1 - none", "rate 3e-4 - none", "rate 3e-4 - beta 1"} & set(effects)
 
 
 def test_the_effects_have_their_sign():
@@ -74,7 +77,8 @@ def test_the_effects_have_their_sign():
     for name, mean in {f"fall, {SMALL}": 0.38, f"fall, {LARGE}": 0.23,
                        f"rise before, {LARGE}": 0.32, f"proxy's rise, {MIDDLE}": 3.0,
                        f"best of 64 - base, {SMALL}": 0.22,
-                       "beta .1 - none": 0.25, "beta 1 - none": 0.4,
+                       "beta .1 - none": 0.25, "beta 1 - none": 0.4, "rate 3e-4 - none": 0.3,
+                       "proxy, rate 3e-4 - none": -0.5, "rate 3e-4 - beta 1": -0.1,
                        "size": 0.15, "verifier - base": 0.5}.items():
         assert effects[name]["mean"] == pytest.approx(mean), name
 
@@ -112,6 +116,16 @@ def test_the_course_of_a_run():
     assert goodhart.course(lines) == {
         "best": 0.8, "KL at the best": 3.0, "accuracy at 10": 0.7, "KL at 10": 2.0,
         "accuracy at 20": 0.8, "KL at 20": 3.0}
+
+
+def test_a_rate_is_chosen_by_what_the_run_is_rewarded_with(tmp_path):
+    """Its last two lines that have a reward, .6 and .8; neither the true accuracy nor an evaluation
+    counts."""
+    lines = [{"step": 5, "reward": 0.1}, {"step": 10, "reward": 0.6},
+             {"step": 15, "reward": 0.8, "eval/accuracy": 0.2}, {"step": 15, "eval/accuracy": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    run = {"folder": str(tmp_path), "after": {"eval/accuracy": 0.3}}
+    assert goodhart.judge(run) == pytest.approx(0.7)
 
 
 def test_scores_stand_beside_their_answers():
