@@ -45,14 +45,30 @@ def test_both_must_have_learned_chain(arm):
 
 def test_the_effects_of_forget_have_their_sign():
     """Kept at 1e-3: GRPO .9, SFT .6, negatives .8, positives .6; at their own rates SFT .7."""
-    figures = of_forget(GRPO1e3=0.9, negatives1e3=0.8, SFT=0.7)
+    figures = of_forget(GRPO1e3=0.9, negatives1e3=0.8, SFT=0.7, RFT=0.75, positives=0.5)
     figures["GRPO at 1e-3"]["KL"] = around(3)
     _, effects = forget.verdict(figures)
     for name, value in (("kept, GRPO - SFT, at 1e-3", 0.3), ("kept, GRPO - SFT, own rates", -0.1),
                         ("kept, PPO - SFT, at 1e-3", 0), ("kept, DPO - SFT, own rates", -0.1),
+                        ("kept, RFT - SFT, own rates", 0.05),
+                        ("kept, positives - SFT, own rates", -0.2),
                         ("kept, negatives - positives, at 1e-3", 0.2),
                         ("KL, GRPO - SFT, at 1e-3", 2), ("accuracy, GRPO - SFT, at 1e-3", 0)):
         assert effects[name]["mean"] == pytest.approx(value), name
+
+
+def test_each_base_has_its_effect():
+    """Even seeds start from base 0, odd ones from base 1. Kept by GRPO at 1e-3: .5 and .9, by SFT
+    .6: -.1 and +.3."""
+    figures = of_forget()
+    n = len(figures["GRPO at 1e-3"]["facts"])
+    figures["GRPO at 1e-3"]["facts"] = figures["GRPO at 1e-3"]["reversing"] = [
+        (0.5, 0.9)[seed % 2] for seed in range(n)]
+    _, effects = forget.verdict(figures)
+    for base, value in enumerate((-0.1, 0.3)):
+        effect = effects[f"kept, GRPO - SFT, at 1e-3, base {base}"]
+        assert effect["mean"] == pytest.approx(value), base
+        assert effect["n"] == len(range(base, n, 2))
 
 
 def test_one_seed_concludes_nothing():
