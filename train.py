@@ -128,7 +128,7 @@ def run(config, once_more, go_on):
     if saved is None and not kind:
         prepare.keep_earlier_run(config.out_dir)
     print(report.opening(algo, saved["step"] if saved else 0), flush=True)
-    with Run(algo, go_on, saved, pretrain_seconds) as this:
+    with prepare.claimed(config.out_dir), Run(algo, go_on, saved, pretrain_seconds) as this:
         train(algo, this)
     summary = this.finish()
     if summary is None:

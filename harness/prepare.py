@@ -3,11 +3,17 @@ Before the loop: check everything that flags and files can tell, find the folder
 weights, and say what has to be trained first (a base model, a reward model).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 import torch
 
@@ -58,11 +64,33 @@ def is_finished(config):
     return os.path.exists(path) and checkpoint.read_json(path)["steps"] >= config.max_steps
 
 
+@contextlib.contextmanager
+def claimed(folder):
+    """Keep a run's folder from other processes. Raises InputError where one of them has it. The
+    system itself ends the claim of a process that dies; Windows has none of this kind."""
+    if ranks.RANK > 0 or fcntl is None:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing {folder}: wait until it has ended") from None
+        except OSError:   # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def keep_earlier_run(folder):
     """A run never overwrites another: what is in its folder moves to a free name beside it."""
     if ranks.RANK == 0 and os.path.exists(os.path.join(folder, "config.json")):
         n = next(n for n in range(1, 10**6) if not os.path.exists(f"{folder}.{n}"))
-        os.rename(folder, f"{folder}.{n}")
+        with claimed(folder):
+            os.rename(folder, f"{folder}.{n}")
         print(f"{folder} held an earlier run, which is now {folder}.{n} "
               "(--resume would have gone on with it)")
 
