@@ -330,12 +330,13 @@ class GPT(nn.Module):
             hidden, _ = self.hidden_states(input_ids, attention_mask)
             return hidden[:, Tp - 1:]                                           # (B, T, C)
         # Several completions a prompt: read each prompt once, and let its completions look back at
-        # its keys and values.
+        # its keys and values. F.embedding(index, t) is t[index], with a backward pass that is fast
+        # and always adds in the same order: that of t[index] depends on which thread comes first.
         prompt_hidden, prompt_kvs = self.hidden_states(prompt_ids, prompt_mask)
-        hidden = prompt_hidden[prompt_index, -1:]                               # (B, 1, C)
+        hidden = F.embedding(prompt_index, prompt_hidden[:, -1]).unsqueeze(1)   # (B, 1, C)
         if read > 0:
-            past = [tuple(t.index_select(0, prompt_index) for t in kv)          # (B, nkv, Tp, hd)
-                    for kv in prompt_kvs]
+            past = [tuple(F.embedding(prompt_index, t.flatten(1)).unflatten(1, t.shape[1:])
+                          for t in kv) for kv in prompt_kvs]                    # (B, nkv, Tp, hd)
             prompt_mask = prompt_mask[prompt_index]                             # (B, Tp)
             attention_mask = torch.cat([prompt_mask, completion_mask[:, :read]], dim=1)
             completion_hidden, _ = self.hidden_states(completion_ids[:, :read], attention_mask,

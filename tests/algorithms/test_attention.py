@@ -160,3 +160,24 @@ def test_what_fits_is_read_in_a_grid_that_does_not():
         assert torch.allclose(together[b, :len(answers[b])], alone, atol=1e-5)
     with pytest.raises(InputError, match="longer than block_size 8"):
         model.completion_logits(prompt_ids, prompt_mask, ids, torch.ones_like(mask))
+
+
+def test_gradients_do_not_depend_on_which_thread_comes_first():
+    """Two thousand completions of eight prompts, on two threads: each prompt's gradient is a sum
+    over its completions, added in the same order every time (that of t[index] is not,
+    pytorch/pytorch#51366). So a run can be repeated, and resumed, bit for bit."""
+    model, generator = make_model(n_embd=64), torch.Generator().manual_seed(4)
+    B, threads = 2048, torch.get_num_threads()
+    prompts = torch.randint(8, (8, 5), generator=generator)
+    completions = torch.randint(8, (B, 2), generator=generator)
+    inputs = (prompts, torch.ones(8, 5).bool(), completions, torch.ones(B, 2).bool(),
+              torch.randint(8, (B,), generator=generator))
+    weights, found = torch.randn(B, 2, 8, generator=generator), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(8):
+            loss = (model.completion_logits(*inputs) * weights).sum()
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again))
