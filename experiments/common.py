@@ -249,13 +249,15 @@ def run_arms(experiment, words, common, asked):
             return None
         by_word = report.by_arm(results)
         for arm, word in swept.items():
-            chosen[arm] = getattr(experiment, "choose", report.chosen)(by_word[word])
-            tried[arm] = {variant: figures_of(runs)["accuracy"]
-                          for variant, runs in by_word[word].items()}
+            runs_of = by_word[word]
             if hasattr(experiment, "judge"):
                 tried[arm] = {variant: [experiment.judge(run) for run in runs]
-                              for variant, runs in by_word[word].items()}
+                              for variant, runs in runs_of.items()}
                 chosen[arm] = max(tried[arm], key=lambda variant: sum(tried[arm][variant]))
+            else:
+                tried[arm] = {variant: figures_of(runs)["accuracy"]
+                              for variant, runs in runs_of.items()}
+                chosen[arm] = getattr(experiment, "choose", report.chosen)(runs_of)
     # An arm may have chosen what another arm is.
     planned = plan(dict.fromkeys(chosen.values()), common, range(asked.seeds), bases)
     print(f"{'part 2 of 2, ' if swept else ''}the figures: {len(planned)} runs", flush=True)

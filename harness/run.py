@@ -51,8 +51,6 @@ class Run:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         checkpoint.write_text(self.path("metrics.jsonl"), text)
         self.over = self.step >= self.config.max_steps   # killed before its summary was written
-        self.after = {k: v for line in lines[-1:] for k, v in line.items()
-                      if k.startswith("eval/")}
         self.resumed_at, self.loop_started = self.step, time.time()
         self.console = report.Console(self.config, self.step)
 
