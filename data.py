@@ -14,6 +14,7 @@ One example, worked through (byte tokenizer; <end> is 256, <pad> is 257):
 Prompt and completion are encoded apart, so the boundary between them is always one between tokens.
 """
 
+import functools
 import math
 import random
 
@@ -81,15 +82,20 @@ def batch_indices(size, config, step, batch_size=None):
     A pure function of its arguments: a run that resumes at a step needs no other record of its
     position in the data.
     """
-    indices, batch_size = [], batch_size or config.batch_size
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(position, size)
-        if not indices or i == 0:
-            order = list(range(size))
-            if config.shuffle:
-                random.Random(f"order {config.seed} {epoch}").shuffle(order)
-        indices.append(order[i])
-    return indices
+    batch_size = batch_size or config.batch_size
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    if not config.shuffle:
+        return [position % size for position in positions]
+    return [shuffled(size, config.seed, position // size)[position % size]
+            for position in positions]
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(size, seed, epoch):
+    """The order of an epoch, drawn once for all of its steps."""
+    order = list(range(size))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return order
 
 
 def collate(examples, tokenizer, device="cpu"):

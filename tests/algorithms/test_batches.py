@@ -46,6 +46,18 @@ def test_without_shuffling_the_order_is_kept():
     assert found == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
+def test_a_step_does_not_walk_over_all_examples(monkeypatch):
+    """Reading in order takes the same time of any corpus, and an epoch is shuffled once: 2.4 ms a
+    step were a tenth of pre-training."""
+    config = Settings(batch_size=3, shuffle=False)
+    assert data.batch_indices(10**12, config, 10**9) == [3 * 10**9 + i for i in range(3)]
+    config, made, Random = Settings(batch_size=4, seed=987), [], random.Random
+    monkeypatch.setattr(random, "Random", lambda seed: made.append(seed) or Random(seed))
+    for step in range(20):   # four epochs
+        data.batch_indices(20, config, step)
+    assert made == [f"order 987 {epoch}" for epoch in range(4)]
+
+
 # -- batches --------------------------------------------------------------------------------------
 
 # Four completions of unequal length to three prompts of unequal length. Row 3 answers the first
