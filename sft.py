@@ -120,8 +120,8 @@ class PretrainConfig(Settings):
     num_documents: int = flag(0, "size of the corpus, read in order; 0: max_steps x batch_size",
                               at_least=0)
     completion_only: bool = False   # no flag here: every token is trained
-    learning_rate: float = 6e-3
-    max_steps: int = 2000
+    learning_rate: float = 4e-3
+    max_steps: int = 1300
     batch_size: int = 64
     warmup_steps: int = 50
     weight_decay: float = 0.1

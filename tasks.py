@@ -193,13 +193,14 @@ class Chain(Task):
                 "answer": answer}
 
     def corpus(self, size, seed):
-        """`size` documents to be read in this order: three fifths textbook, then everyday text
-        (worked_share of it worked); with other_skills .18 of both are about something else."""
+        """`size` documents to be read in this order: a textbook, then everyday text, worked_share
+        of it worked. Three fifths are everyday text, but at most 51,200: a longer corpus has a
+        longer textbook. With other_skills .18 of both are about something else."""
         rng, others = random.Random(f"chain corpus {seed}"), random.Random(f"others {seed}")
-        documents = []
+        documents, textbook = [], size - min(3 * size // 5, 51_200)
         for i in range(size):
             problem = self.problem(rng, "ood-train" if rng.random() < 0.07 else "train")
-            worked = i < 0.6 * size or rng.random() < self.worked_share
+            worked = i < textbook or rng.random() < self.worked_share
             u = others.random() if self.other_skills else 1.0
             if u < 0.18:
                 problem, worked = self.other_problem(others, "reversing" if u < 0.1 else "facts"), 0

@@ -67,6 +67,7 @@ UNCLEAR = "cannot be told at this scale"
 CONDITION = "holds with a condition: "
 RATES = ":learning_rate=3e-4|1e-3|3e-3"
 SWEEP_SEED = 100   # the first seed of the sweep; the figures' own seeds are below
+LONG = ["--pretraining", "long"]   # the base models of all figures; --quick makes do with short
 
 # Student's t, 97.5 %, for 1, 2, ... 30 degrees of freedom.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -356,9 +357,9 @@ def main(experiment, argv):
     those of --quick to out/quick/."""
     name = os.path.basename(experiment.__file__).removesuffix(".py")
     asked = parse(name, experiment.__doc__, argv, getattr(experiment, "SEEDS", 5))
-    words, common, folder = experiment.ARMS, experiment.FLAGS, "experiments/results"
+    words, common, folder = experiment.ARMS, [*experiment.FLAGS, *LONG], "experiments/results"
     if asked.quick:
-        words, common = experiment.QUICK_ARMS, [*common, *experiment.QUICK_FLAGS]
+        words, common = experiment.QUICK_ARMS, [*experiment.FLAGS, *experiment.QUICK_FLAGS]
         folder = "out/quick"
     prepare.check_folder(folder)
     if asked.jobs > 1:   # the runs share the cores

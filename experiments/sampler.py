@@ -142,7 +142,7 @@ def tandem(loss, flags, seed):
 def extra(asked, made):
     """The tandem's figures; "parameters" is how far the furthest parameter is from that of online.
     None after Ctrl-C."""
-    flags, found = [*FLAGS, *(QUICK_FLAGS if asked.quick else [])], {}
+    flags, found = [*FLAGS, *(QUICK_FLAGS if asked.quick else common.LONG)], {}
     pairs = [(loss, seed) for loss in TANDEM for seed in range(asked.seeds)]
     for loss, seed in tqdm(pairs, desc="tandem"):
         four = tandem(loss, [*flags, "--base_seed", str(seed % BASES)], seed)

@@ -116,7 +116,8 @@ def check(arms, algorithms):
         for stage in arm.stages:
             if base_folder(stage.trial, algorithms) != base_folder(first, algorithms):
                 raise InputError(f"{stage.name}: all stages have the same task, tokenizer, "
-                                 "base_seed and model shape: give them as common flags")
+                                 "base_seed, pretraining and model shape: give them as common "
+                                 "flags")
             check_held_out(stage.config)
             needed += prepare.check(stage.trial, algorithms)
             if stage.config is not first and judged_by(stage.config) != judged_by(first):

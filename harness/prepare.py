@@ -27,6 +27,8 @@ from model import GPT, GPTConfig
 # Models that several runs start from. They are trained on demand, each in a folder of its own.
 SHARED = {"pretrain": "Base model", "rm": "Reward model"}
 MACHINE = ("device", "dtype", "compile", "micro_batch_size")   # where, not what
+# --pretraining long: what experiments/ and the tables of assets/results start from.
+LONG = {"max_steps": 2000, "learning_rate": 6e-3}
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -116,9 +118,11 @@ def shared_config(config, algo, algorithms):
     names = ["task", "tokenizer", "template", "system_prompt", "base_seed", "min_terms",
              "max_terms", "worked_share", "other_skills", "device", "dtype", "eval_problems"]
     if algo == "rm":
-        names += ["init_from", "data", "eval_data", "max_new_tokens"]
-    shared = algorithms[algo].Config(**{name: getattr(config, name) for name in names},
-                                     algo=algo, shape=config.shape)
+        names += ["pretraining", "init_from", "data", "eval_data", "max_new_tokens"]
+    settings = {name: getattr(config, name) for name in names}
+    if algo == "pretrain" and config.pretraining == "long":
+        settings |= LONG
+    shared = algorithms[algo].Config(**settings, algo=algo, shape=config.shape)
     if algo == "pretrain" and config.task == "facts":
         shared.task = "chain"
     shared.out_dir = default_folder(shared)
@@ -137,6 +141,9 @@ def check(config, algorithms):
     config.out_dir = os.path.normpath(config.out_dir or default_folder(config))
     if config.inspect and config.algo in SHARED:
         raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
+    if config.algo == "pretrain" and config.pretraining == "long":
+        raise InputError("--pretraining is of the base models that other algorithms start from; "
+                         "here: --max_steps 2000 --learning_rate 6e-3")
     if config.algo == "pretrain" and config.task == "facts" and not config.data:
         raise InputError("--task facts starts from the base model of chain: give --task chain")
     check_folder(config.out_dir)

@@ -18,6 +18,7 @@ CLIP = "--covariance=clip --cov_low=0.01"    # the covariances of an untrained m
 SHARED = {
     "init_from": ["{folder}/other-base"],
     "base_seed": ["1"],
+    "pretraining": ["long"],
     "reward_model": ["{folder}/other-rm", "--reward=model"],
     "resume": ["true", "", REFUSED],                    # where there is nothing to go on with
     "inspect": [None, "", SAID],
@@ -178,6 +179,7 @@ IMITATES = Same("it imitates a text that is given, and rewards nothing")
 EXCEPTIONS = {
     ("pretrain", "init_from"): ["{folder}/other-base", "", REFUSED],    # it starts from noise
     ("pretrain", "seed"): ["1", "", REFUSED],                           # it is --base_seed
+    ("pretrain", "pretraining"): ["long", "", REFUSED],                 # it is --max_steps
     ("pretrain", "task"): ["countdown"],
     ("pretrain", "min_terms"): ["3", "--max_terms=3"],
     ("pretrain", "max_terms"): ["3"],

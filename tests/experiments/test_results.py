@@ -5,6 +5,7 @@ The results that are kept: each is what its script, as it stands, makes of the f
 import importlib
 import json
 
+import common
 import pytest
 from conftest import ROOT
 
@@ -40,7 +41,7 @@ def test_the_settings_are_those_of_the_script(kept):
     seeds."""
     found, module = kept
     settings, seeds = found["settings"], getattr(module, "SEEDS", 5)
-    assert (settings["arms"], settings["flags"]) == (module.ARMS, module.FLAGS)
+    assert (settings["arms"], settings["flags"]) == (module.ARMS, [*module.FLAGS, *common.LONG])
     assert settings["sweep_seeds"] == module.SWEEP_SEEDS and settings["seeds"] == seeds >= 5
     assert list(found["arms"]) == list(module.ARMS)
     for arm in found["arms"].values():

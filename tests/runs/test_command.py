@@ -257,6 +257,21 @@ def test_the_folder_of_a_base():
     assert re.fullmatch("out/my-sums-rm-0-[0-9a-f]{6}", folder("--algo rm --data a/my.sums.jsonl"))
 
 
+def test_the_long_base_is_what_its_message_says():
+    """--pretraining long asks for the base of the command that --algo pretrain names when it
+    refuses the flag, and a reward model goes with it. The short base has neither."""
+    with pytest.raises(InputError, match="here: --max_steps 2000 --learning_rate 6e-3"):
+        checked("--algo pretrain --pretraining long")
+    long, short = (shared(f"--algo grpo --pretraining {kind}", "pretrain")
+                   for kind in ("long", "short"))
+    assert long.out_dir == folder("--algo pretrain --max_steps 2000 --learning_rate 6e-3")
+    assert short.out_dir == folder("--algo pretrain") != long.out_dir
+    assert (long.max_steps, long.learning_rate, long.num_documents) == (2000, 6e-3, 128_000)
+    judge = shared("--algo ppo --pretraining long", "rm")
+    assert prepare.shared_config(judge, "pretrain", train.ALGORITHMS) == long
+    assert judge.out_dir != shared("--algo ppo", "rm").out_dir
+
+
 def test_a_run_finds_the_base_that_a_command_makes():
     """What --algo pretrain makes with the same task, shape and seed is what a run looks for."""
     for words in ("", "--n_embd 8 --base_seed 3", "--task countdown", "--min_terms 2"):

@@ -136,10 +136,10 @@ def test_the_table_of_base_models_is_what_its_results_say():
                ("before", "eval/ood_accuracy", ".3f"), ("after", "eval/accuracy", ".3f"),
                ("after", "eval/worked", ".2f"), ("after", "eval/ood_accuracy", ".3f")]
     runs = json.loads((ROOT / BASES).read_text())
-    rows = ["| " + " | ".join([str(run["base_seed"]),
+    rows = ["| " + " | ".join([run["pretraining"], str(run["base_seed"]),
                                *(format(run[when][name], form) for when, name, form in columns)])
             + " |" for run in runs]
-    assert len(rows) == 5 and "\n".join(rows) in DOCUMENTS["RESULTS.md"]
+    assert len(rows) == 10 and "\n".join(rows) in DOCUMENTS["RESULTS.md"]
 
 
 def test_every_results_file_has_its_table():

@@ -23,7 +23,7 @@ import sample
 import tasks
 import train
 from flag_table import (ELSEWHERE, EXCEPTIONS, OWN, REFUSED, SAID, SHARED, Same)
-from harness import files, flags, report
+from harness import files, flags, prepare, report
 from harness.errors import InputError
 from model import GPTConfig
 from rm import RMConfig
@@ -95,6 +95,7 @@ def observe(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(report, "plot", lambda folder: "no picture")
+        patch.setattr(prepare, "LONG", {"max_steps": 4})
         for Config in (PretrainConfig, RMConfig):
             short = shorter(Config.__init__, max_steps=2, batch_size=4, warmup_steps=0)
             patch.setattr(Config, "__init__", short)
