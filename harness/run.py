@@ -39,7 +39,8 @@ class Run:
         if saved is None:
             settings = checkpoint.settings(algo)
             checkpoint.write_text(self.path("config.json"), json.dumps(settings, indent=2) + "\n")
-            self.before = self.evaluate(full=True)
+            # Of random weights one answer to a problem says enough; sixteen took over a second.
+            self.before = self.evaluate(full=self.config.algo != "pretrain")
             lines = [{"step": 0, **self.log.totals, **self.before}]
         else:
             checkpoint.restore(self, saved)

@@ -41,6 +41,10 @@ def test_the_base_is_made_once(capsys):
     run("--algo", "grpo", "--batch_size", 2, "--num_generations", 2, "--seed", 3, *tail)
     out = capsys.readouterr().out
     assert "made earlier" in out and "pre-training one first" not in out
+    assert ["eval/pass@16" in summary(f"out/{name}")[when]   # noise is judged by one answer each
+            for name in ("chain-pretrain-0", "chain-sft-0") for when in ("before", "after")] == [
+        False, True, True, True]
+    assert "eval/accuracy" in summary("out/chain-pretrain-0")["before"]
     assert made()["chain-pretrain-0"] == base
     assert sorted(os.listdir("out")) == ["chain-grpo-3", "chain-pretrain-0", "chain-sft-0"]
     assert summary("out/chain-grpo-3")["pretrain_seconds"] > 0
