@@ -143,7 +143,7 @@ def check(config, algorithms):
         raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
     if config.algo == "pretrain" and config.pretraining == "long":
         raise InputError("--pretraining is of the base models that other algorithms start from; "
-                         "here: --max_steps 2000 --learning_rate 6e-3")
+                         "here: " + " ".join(f"--{name} {value}" for name, value in LONG.items()))
     if config.algo == "pretrain" and config.task == "facts" and not config.data:
         raise InputError("--task facts starts from the base model of chain: give --task chain")
     check_folder(config.out_dir)

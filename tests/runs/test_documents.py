@@ -142,17 +142,41 @@ def test_the_table_of_base_models_is_what_its_results_say():
     assert len(rows) == 10 and "\n".join(rows) in DOCUMENTS["RESULTS.md"]
 
 
+def test_what_is_said_of_the_base_models():
+    """Below their table: the least and the most of a column, of the short ones and of the long
+    ones; and the half range of three seeds of GRPO."""
+    said = DOCUMENTS["RESULTS.md"].split("\n## Ten base models")[1].split("|\n\n")[-1]
+    runs = json.loads((ROOT / BASES).read_text())
+
+    def ends(when, name, form):
+        return [format(end(run[when][name] for run in runs if run["pretraining"] == kind), form)
+                for kind in ("short", "long") for end in (min, max)]
+    ood = [run["after"]["eval/ood_accuracy"]
+           for run in json.loads((ROOT / "assets/results/compare.json").read_text())
+           if run["variant"] == "grpo"]
+    assert [f"0{f}" for f in re.findall(r"(?<![\w.])\.\d{2,3}\b", said)] == [
+        *ends("before", "eval/accuracy", ".3f"),
+        *ends("before", "eval/accuracy_when_worked", ".2f"), *ends("after", "eval/accuracy", ".3f"),
+        *ends("after", "eval/ood_accuracy", ".3f"), f"{(max(ood) - min(ood)) / 2:.3f}"]
+
+
+def test_the_run_that_the_readme_shows():
+    """Its table is that of the first of those base models."""
+    first = json.loads((ROOT / BASES).read_text())[0]
+    shown = report.table([("before", first["before"]), ("after", first["after"])], tasks.Chain())
+    shown = "\n".join(line.rstrip() for line in shown.splitlines())
+    assert first["pretraining"] == "short" and f"\n{shown}\n" in DOCUMENTS["README.md"]
+
+
 def test_every_results_file_has_its_table():
     """And no table is without its file."""
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("assets/results/*.json")}
     assert files == {path for path, _ in TABLES} | {BASES} and len(TABLES) == len(files) - 1
 
 
-# What is said besides the tables: chance at 16 tries, and the range of five base models.
+# What is said besides the tables: chance at 16 tries.
 def other_figures():
-    ood = [run["after"]["eval/ood_accuracy"] for run in json.loads((ROOT / BASES).read_text())]
-    return {f"{tasks.Chain().chance(16):.3f}", f"{tasks.Countdown().chance(16):.3f}",
-            f"{max(ood) - min(ood):.3f}"}
+    return {f"{task.chance(16):.3f}" for task in (tasks.Chain(), tasks.Countdown())}
 
 
 def test_figures_in_sentences_are_those_of_the_tables():
