@@ -120,10 +120,11 @@ class PretrainConfig(Settings):
     num_documents: int = flag(0, "size of the corpus, read in order; 0: max_steps x batch_size",
                               at_least=0)
     completion_only: bool = False   # no flag here: every token is trained
-    learning_rate: float = 4e-3
-    max_steps: int = 1300
+    learning_rate: float = 5e-3
+    adam_beta2: float = 0.98
+    max_steps: int = 1080
     batch_size: int = 64
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     logging_steps: int = 100
     eval_steps: int = 500

@@ -194,10 +194,10 @@ class Chain(Task):
 
     def corpus(self, size, seed):
         """`size` documents to be read in this order: a textbook, then everyday text, worked_share
-        of it worked. Three fifths are everyday text, but at most 51,200: a longer corpus has a
+        of it worked. Seven twelfths are everyday text, but at most 51,200: a longer corpus has a
         longer textbook. With other_skills .18 of both are about something else."""
         rng, others = random.Random(f"chain corpus {seed}"), random.Random(f"others {seed}")
-        documents, textbook = [], size - min(3 * size // 5, 51_200)
+        documents, textbook = [], size - min(7 * size // 12, 51_200)
         for i in range(size):
             problem = self.problem(rng, "ood-train" if rng.random() < 0.07 else "train")
             worked = i < textbook or rng.random() < self.worked_share

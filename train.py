@@ -118,7 +118,9 @@ def run(config, once_more, go_on):
         return 0
     for needed in first:
         finished = prepare.is_finished(needed)
-        print(report.needed_line(needed, prepare.SHARED[needed.algo], finished), flush=True)
+        otherwise = prepare.made_otherwise(needed) if finished else ""
+        print(report.needed_line(needed, prepare.SHARED[needed.algo], finished, otherwise),
+              flush=True)
         if not finished and run(needed, once_more, once_more) == 130:
             return 130
     algo, saved, pretrain_seconds = prepare.build(config, ALGORITHMS)

@@ -84,7 +84,7 @@ class Start:
     base_seed: int = flag(0, "seed of the base model, apart from --seed", at_least=0,
                          below=2**40)
     pretraining: Literal["short", "long"] = flag("short", "of the base model; long: 2,000 steps in "
-                                                 "place of 1,300, as in experiments/")
+                                                 "place of 1,080, as in experiments/")
     reward_model: str = flag(None, "of --reward model: folder or file of --algo rm; none: the "
                                    "task's, made first if missing")
     resume: bool = flag(False, "go on where the run in the output folder stopped", watching=True)

@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 SHARED = {"pretrain": "Base model", "rm": "Reward model"}
 MACHINE = ("device", "dtype", "compile", "micro_batch_size")   # where, not what
 # --pretraining long: what experiments/ and the tables of assets/results start from.
-LONG = {"max_steps": 2000, "learning_rate": 6e-3}
+LONG = {"max_steps": 2000, "learning_rate": 6e-3, "adam_beta2": 0.95, "warmup_steps": 50}
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -64,6 +64,15 @@ def is_finished(config):
     """Whether the run in the folder made its last step. --max_minutes may have ended it earlier."""
     path = os.path.join(config.out_dir, "summary.json")
     return os.path.exists(path) and checkpoint.read_json(path)["steps"] >= config.max_steps
+
+
+def made_otherwise(config):
+    """What a finished run's own config.json has otherwise, as "max_steps 1300, warmup_steps 50"; ""
+    where nothing is. An earlier version of this code may have had other defaults."""
+    path = os.path.join(config.out_dir, "config.json")
+    made = checkpoint.read_json(path) if os.path.exists(path) else {}
+    return ", ".join(f"{name} {made[name]}" for name, value in identity(config).items()
+                     if name in made and made[name] != value)
 
 
 @contextlib.contextmanager

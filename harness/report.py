@@ -99,11 +99,15 @@ def opening(algo, resumed_at=0):
             + ("" if algo.model.config.scalar_head else LEGEND) + algo.legend)
 
 
-def needed_line(config, kind, finished):
-    """One line on a base model or a reward model that a run needs."""
+def needed_line(config, kind, finished, otherwise=""):
+    """One line on a base model or a reward model that a run needs. otherwise: with which settings
+    it was made that are not today's."""
     if finished:
         summary = checkpoint.read_json(os.path.join(config.out_dir, "summary.json"))
-        return f"{kind}: {config.out_dir} (made earlier in {summary['seconds']:.0f} s)"
+        made = f"made earlier in {summary['seconds']:.0f} s"
+        if otherwise:
+            made += f" with {otherwise}: delete the folder to have it made anew"
+        return f"{kind}: {config.out_dir} ({made})"
     return f"No {kind.lower()} in {config.out_dir} yet: {MADE_FIRST[config.algo]}."
 
 

@@ -130,7 +130,7 @@ OWN = {
         "advantage_eps": ["1"],
         "multi_objective_aggregation": [None, "--reward=verifier,brevity"],
         "advantage_sign": [None],
-        "loss_type": [None, "--num_iterations=3 " + FAST],
+        "loss_type": [None, "--num_iterations=3 --max_new_tokens=40 " + FAST],   # several lengths
         "importance_sampling_level": [None, "--num_iterations=2 " + FAST],
         "epsilon": ["0.01", f"--num_iterations=2 --epsilon_high=0.2 {FAST}"],
         "epsilon_high": ["0.01", "--num_iterations=2 " + FAST],

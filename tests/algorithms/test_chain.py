@@ -55,12 +55,12 @@ def test_rewards_are_given_row_by_row():
 
 
 def test_chain_corpus_is_a_textbook_and_then_everyday_text():
-    """The first two fifths are all worked, the rest about 30 %, every answer is right, one in
+    """The first five twelfths are all worked, the rest about 30 %, every answer is right, one in
     fourteen has `>`. Of a long corpus the last 51,200 are everyday text."""
-    task, corpus = Chain(), Chain().corpus(2000, seed=0)
+    task, corpus = Chain(), Chain().corpus(2400, seed=0)
     worked = [task.is_worked(prompt_of(d), after_equals(d)) for d in corpus]
-    assert all(worked[:800]) and 0.25 < sum(worked[800:]) / 1200 < 0.35
-    assert 0.05 < sum(">" in d for d in corpus) / 2000 < 0.09
+    assert all(worked[:1000]) and 0.25 < sum(worked[1000:]) / 1400 < 0.35
+    assert 0.05 < sum(">" in d for d in corpus) / 2400 < 0.09
     for d in corpus:
         right = Chain.solve(prompt_of(d))["answer"]
         assert task.reward([prompt_of(d)], [after_equals(d)], [right]) == [1.0]

@@ -82,7 +82,7 @@ def test_documents_are_the_corpus_with_an_empty_prompt():
 
 
 @pytest.mark.parametrize("task, corpus, first", [
-    (Chain(), 1158573233, {"train": "6*4*0= 4+7*6= 1-5-9=", "test": "4*5+9= 0*0*6= 5-3-7*0=",
+    (Chain(), 278479759, {"train": "6*4*0= 4+7*6= 1-5-9=", "test": "4*5+9= 0*0*6= 5-3-7*0=",
                            "ood": "2-4>4= 7>4*5= 2+2>6*1=",
                            "ood-train": "7>5*4= 1+0>5+0= 8>1+6="}),
     (Countdown(), 4121064134, {"train": "1,4,6>10= 2,8,10>16= 3,4,25>24=",

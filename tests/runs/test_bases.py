@@ -1,8 +1,10 @@
 """What runs start from: base and reward models that are made on the way, once, and found again."""
 
+import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,14 @@ def test_the_base_is_made_once(capsys):
     assert made()["chain-pretrain-0"] == base
     assert sorted(os.listdir("out")) == ["chain-grpo-3", "chain-pretrain-0", "chain-sft-0"]
     assert summary("out/chain-grpo-3")["pretrain_seconds"] > 0
+    settings = json.loads(Path("out/chain-pretrain-0/config.json").read_text())
+    assert "with" not in out.split("made earlier")[1].splitlines()[0]
+    settings |= {"learning_rate": 0.006, "warmup_steps": 50}
+    Path("out/chain-pretrain-0/config.json").write_text(json.dumps(settings))
+    run("--algo", "sft", *tail)
+    assert (" s with learning_rate 0.006, warmup_steps 50: delete the folder to have it made "
+            "anew)\n") in capsys.readouterr().out
+    assert made()["chain-pretrain-0"] == base
     run("--algo", "sft", *tail, "--base_seed", 1, "--out_dir", "other-seed")
     run("--algo", "sft", *tail, *SHAPE, "--out_dir", "other-shape")
     run("--algo", "sft", *tail, *TASK, "--out_dir", "other-task")

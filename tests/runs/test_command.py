@@ -260,13 +260,15 @@ def test_the_folder_of_a_base():
 def test_the_long_base_is_what_its_message_says():
     """--pretraining long asks for the base of the command that --algo pretrain names when it
     refuses the flag, and a reward model goes with it. The short base has neither."""
-    with pytest.raises(InputError, match="here: --max_steps 2000 --learning_rate 0.006"):
+    words = "--max_steps 2000 --learning_rate 0.006 --adam_beta2 0.95 --warmup_steps 50"
+    with pytest.raises(InputError, match=f"here: {words}$"):
         checked("--algo pretrain --pretraining long")
     long, short = (shared(f"--algo grpo --pretraining {kind}", "pretrain")
                    for kind in ("long", "short"))
-    assert long.out_dir == folder("--algo pretrain --max_steps 2000 --learning_rate 0.006")
+    assert long.out_dir == folder(f"--algo pretrain {words}")
     assert short.out_dir == folder("--algo pretrain") != long.out_dir
     assert (long.max_steps, long.learning_rate, long.num_documents) == (2000, 6e-3, 128_000)
+    assert (long.adam_beta2, long.warmup_steps) == (0.95, 50)
     judge = shared("--algo ppo --pretraining long", "rm")
     assert prepare.shared_config(judge, "pretrain", train.ALGORITHMS) == long
     assert judge.out_dir != shared("--algo ppo", "rm").out_dir

@@ -131,6 +131,9 @@ def test_needed_line(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"seconds": 59.7}))
     line = report.needed_line(config, "Reward model", finished=True)
     assert line == f"Reward model: {tmp_path} (made earlier in 60 s)"
+    line = report.needed_line(config, "Base model", finished=True, otherwise="warmup_steps 50")
+    assert line == (f"Base model: {tmp_path} (made earlier in 60 s with warmup_steps 50: delete "
+                    "the folder to have it made anew)")
 
 
 @pytest.mark.parametrize("after, text", [

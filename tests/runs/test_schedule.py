@@ -57,7 +57,7 @@ def test_only_rounds_change_the_course():
     for name, Algorithm in train.ALGORITHMS.items():
         config = Algorithm.Config(max_steps=7)
         assert {config.schedule(step) for step in range(7)} == {(0, 7)}, name
-    assert PretrainConfig().schedule(3) == (0, 1300)
+    assert PretrainConfig().schedule(3) == (0, 1080)
 
 
 @pytest.mark.parametrize("max_steps, rounds",
