@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import shlex
+import statistics
 
 import common
 import pytest
@@ -166,6 +167,32 @@ def test_the_run_that_the_readme_shows():
     shown = report.table([("before", first["before"]), ("after", first["after"])], tasks.Chain())
     shown = "\n".join(line.rstrip() for line in shown.splitlines())
     assert first["pretraining"] == "short" and f"\n{shown}\n" in DOCUMENTS["README.md"]
+
+
+def test_the_speed_that_is_told():
+    """SCALING.md: medians of the seconds in speed.json, and the medians of their ratios, which are
+    those of two figures of one round."""
+    told = json.loads((ROOT / "assets/speed.json").read_text())
+
+    def cells(times, name, other):
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+        return [f"{statistics.median(times[name]):.0f} ms", f"{ratio:.2f}"]
+    sizes = ["2 x 64", "4 x 128"]
+    rows = [["TRL 1.16", *(c for size in sizes
+                           for c in cells(told["beside TRL"][size], "TRL", "here"))]]
+    rows += [[name, *(c for size in sizes
+                      for c in cells(told["in one process"][size], name, "as it is"))]
+             for name in told["in one process"][sizes[0]]]
+    assert len(rows) == 7 and [len(told["beside TRL"][size]["here"]) for size in sizes] == [5, 5]
+    for row in rows:
+        assert "| " + " | ".join(row) + " |" in DOCUMENTS["SCALING.md"]
+    here, share = ([statistics.median(numbers[size]) for size in sizes] for numbers in (
+        {size: told["beside TRL"][size]["here"] for size in sizes},
+        told["share of the matrix rate"]))
+    words = " ".join(DOCUMENTS["SCALING.md"].split())
+    assert f"(here {here[0]:.0f} ms at 2 layers of width 64, {here[1]:.0f} ms at 4 of 128" in words
+    assert (f"would take .{100 * share[0]:.0f} of a step at 2 x 64 and .{100 * share[1]:.0f} at "
+            "4 x 128") in words
 
 
 def test_every_results_file_has_its_table():
