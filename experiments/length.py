@@ -55,9 +55,8 @@ ARMS = {**{name: f"{word}:learning_rate=5e-4|1e-3|2e-3" for name, word in WORDS.
         **{f"{name} at {rate}": f"{word}:learning_rate={rate}"
            for rate in EQUAL for name, word in WORDS.items()}}
 # The base of --pretraining long, with shorter problems than those of the arms.
-LONG = " ".join(f"--{name} {value}" for name, value in prepare.LONG.items())
-FIRST = [f"--algo pretrain --pretraining short {LONG} --seed 0 --min_terms 3 --max_terms 4 "
-         f"--max_new_tokens 0 --out_dir {START}"]
+FIRST = [f"--algo pretrain --pretraining short {prepare.LONG_FLAGS} --seed 0 --min_terms 3 "
+         f"--max_terms 4 --max_new_tokens 0 --out_dir {START}"]
 FLAGS = ["--min_terms", "3", "--max_terms", "6", "--max_new_tokens", "60", "--eval_steps", "100"]
 QUICK_ARMS = {arm: ARMS[arm].replace("=100", "=10") for arm in WORDS}
 QUICK_FLAGS = ["--eval_problems", "32"]

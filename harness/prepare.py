@@ -29,6 +29,7 @@ SHARED = {"pretrain": "Base model", "rm": "Reward model"}
 MACHINE = ("device", "dtype", "compile", "micro_batch_size")   # where, not what
 # --pretraining long: what experiments/ and the tables of assets/results start from.
 LONG = {"max_steps": 2000, "learning_rate": 6e-3, "adam_beta2": 0.95, "warmup_steps": 50}
+LONG_FLAGS = " ".join(f"--{name} {value}" for name, value in LONG.items())
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def check(config, algorithms):
         raise InputError(f"--inspect shows what a policy is taught; --algo {config.algo} has none")
     if config.algo == "pretrain" and config.pretraining == "long":
         raise InputError("--pretraining is of the base models that other algorithms start from; "
-                         "here: " + " ".join(f"--{name} {value}" for name, value in LONG.items()))
+                         f"here: {LONG_FLAGS}")
     if config.algo == "pretrain" and config.task == "facts" and not config.data:
         raise InputError("--task facts starts from the base model of chain: give --task chain")
     check_folder(config.out_dir)

@@ -209,7 +209,7 @@ def test_numbers_out_of_range(refused, flags, expected):
     ("--algo pretrain --n_embd 12 --n_head 4", "must be even"),
     ("--algo pretrain --n_head 4 --n_kv_head 3", "n_head (4) must be divisible by n_kv_head (3)"),
     ("--algo pretrain --seed 1", "--base_seed"),
-    ("--algo pretrain --pretraining long", "--learning_rate 0.006 --adam_beta2 0.95"),
+    ("--algo pretrain --pretraining long", "--max_steps 2000 --learning_rate 0.006"),
     ("--algo rm --seed 1 --base_seed 2", "--base_seed"),
     ("--algo pretrain --init_from somewhere", "init_from"),
     ("--eval_data held_out.jsonl", "--eval_data needs --data"),

@@ -50,14 +50,6 @@ def test_the_base_is_made_once(capsys):
     assert made()["chain-pretrain-0"] == base
     assert sorted(os.listdir("out")) == ["chain-grpo-3", "chain-pretrain-0", "chain-sft-0"]
     assert summary("out/chain-grpo-3")["pretrain_seconds"] > 0
-    settings = json.loads(Path("out/chain-pretrain-0/config.json").read_text())
-    assert "with" not in out.split("made earlier")[1].splitlines()[0]
-    settings |= {"learning_rate": 0.006, "warmup_steps": 50}
-    Path("out/chain-pretrain-0/config.json").write_text(json.dumps(settings))
-    run("--algo", "sft", *tail)
-    assert (" s with learning_rate 0.006, warmup_steps 50: delete the folder to have it made "
-            "anew)\n") in capsys.readouterr().out
-    assert made()["chain-pretrain-0"] == base
     run("--algo", "sft", *tail, "--base_seed", 1, "--out_dir", "other-seed")
     run("--algo", "sft", *tail, *SHAPE, "--out_dir", "other-shape")
     run("--algo", "sft", *tail, *TASK, "--out_dir", "other-task")
@@ -66,6 +58,21 @@ def test_the_base_is_made_once(capsys):
     assert not same(weights("out/chain-pretrain-0"), weights("out/chain-pretrain-1"))
     assert checkpoint("other-shape")["model_config"]["n_embd"] == 16
     assert made()["chain-pretrain-0"] == base
+
+
+def test_a_base_of_other_settings_is_named(capsys):
+    """As an earlier version with other defaults may have left one: it is used as it is."""
+    sft = ("--algo", "sft", "--max_steps", 2, "--eval_problems", 4)
+    run(*sft)
+    base, path = made()["chain-pretrain-0"], Path("out/chain-pretrain-0/config.json")
+    for other, ending in (({}, " s)\n"), ({"learning_rate": 0.006, "warmup_steps": 50},
+                          " s with learning_rate 0.006, warmup_steps 50: delete the folder to have "
+                          "it made anew)\n")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | other))
+        capsys.readouterr()
+        run(*sft)
+        line = capsys.readouterr().out.split("made earlier in ")[1].splitlines(True)[0]
+        assert line.endswith(ending) and made()["chain-pretrain-0"] == base
 
 
 def test_pretrain_twice(capsys):
