@@ -184,6 +184,7 @@ def test_the_speed_that_is_told():
                       for c in cells(told["in one process"][size], name, "as it is"))]
              for name in told["in one process"][sizes[0]]]
     assert len(rows) == 7 and [len(told["beside TRL"][size]["here"]) for size in sizes] == [5, 5]
+    assert [len(told["in one process"][size]["as it is"]) for size in sizes] == [84, 36]
     for row in rows:
         assert "| " + " | ".join(row) + " |" in DOCUMENTS["SCALING.md"]
     here, share = ([statistics.median(numbers[size]) for size in sizes] for numbers in (
